@@ -1,0 +1,1 @@
+"""Stores: where prepared studies lie. One reader interface, checked bytes."""

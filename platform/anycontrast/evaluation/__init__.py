@@ -1,0 +1,1 @@
+"""Evaluation: whole-volume inference, metrics per contrast subset, tables and pictures."""

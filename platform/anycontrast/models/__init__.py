@@ -1,0 +1,1 @@
+"""Models: packed tokens in, reconstructions or segmentations out. No Ray, DeepSpeed or filesystem."""

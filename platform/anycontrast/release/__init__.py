@@ -1,0 +1,1 @@
+"""Release: export a checkpoint, pull it elsewhere, load it and predict."""

@@ -1,0 +1,1 @@
+"""Training: configuration, engine, loop, checkpoints and placement on a cluster."""
