@@ -1,0 +1,149 @@
+"""Segmenters: what a segmentation model is told, and how one is built.
+
+Both heads take the same `PackedBatch` (every patch of every volume present, `drop_empty=False`, all
+studies of one patch grid) and return the same logits `[S, R, X, Y, Z]`, one sigmoid per region, so
+training, inference and release never ask which head they have. Regions may overlap (whole tumour
+holds tumour core), which a softmax over label values could not express.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from anycontrast.models.amae import AMAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterConfig:
+    """Head, regions and window of a segmentation model."""
+
+    head: Literal["adaptive", "unetr"] = "adaptive"
+    """`adaptive` takes any subset of contrasts; `unetr` takes fixed channels, zeros for missing."""
+    regions: dict[str, list[int]] = field(default_factory=dict)
+    """Region name -> label values it is made of, in the order of the output channels; empty means
+    one region `lesion` of every label value above 0."""
+    contrasts: list[str] = field(default_factory=list)
+    """Channel order of the `unetr` head, vocabulary names. Not used by `adaptive`."""
+    window_vox: tuple[int, int, int] = (128, 128, 128)
+    """Training crop and inference window, voxels; whole patches along every axis."""
+    feature_size: int = 16
+    """Channels at full resolution in the convolutional decoder; doubled at every level down."""
+    tile_patch_embedding: bool = True
+    """`unetr` only: start its patch embedding from the tokenizer's kernels divided by channels."""
+
+    def __post_init__(self) -> None:
+        for name, values in self.regions.items():
+            if not values or any(not 1 <= value <= 255 for value in values):
+                raise ValueError(
+                    f"segmenter.regions.{name} must list label values in 1..255, got {values}; "
+                    "0 is background and belongs to no region"
+                )
+        if any(n < 1 for n in self.window_vox):
+            raise ValueError(f"segmenter.window_vox must be positive, got {self.window_vox}")
+        if self.feature_size < 1:
+            raise ValueError(f"segmenter.feature_size must be >= 1, got {self.feature_size}")
+        if len(set(self.contrasts)) != len(self.contrasts):
+            raise ValueError(f"segmenter.contrasts must not repeat, got {self.contrasts}")
+        if self.head == "unetr" and not self.contrasts:
+            raise ValueError(
+                "segmenter.contrasts must list the channel order when segmenter.head is unetr, "
+                "got none; list the contrasts or use head: adaptive"
+            )
+
+    @property
+    def region_values(self) -> dict[str, list[int]]:
+        """`regions` with the default filled in: never empty."""
+        return self.regions or {"lesion": list(range(1, 256))}
+
+
+def build_segmenter(config: SegmenterConfig, model: "AMAEConfig") -> nn.Module:
+    """Build the segmenter of `config` around an encoder of `model`, with fresh weights.
+
+    Args:
+        config: head, regions and window.
+        model: the pretraining model's config; its encoder is the segmenter's encoder.
+
+    Returns:
+        A module mapping a `PackedBatch` to logits [S, R, X, Y, Z] float32.
+
+    Raises:
+        ValueError: the window is not whole patches, or the patch cannot be decoded by factors of 2.
+    """
+    patch_vox = model.patch_vox
+    if any(w % p for w, p in zip(config.window_vox, patch_vox, strict=True)):
+        raise ValueError(
+            f"segmenter.window_vox must be whole patches of {patch_vox} along every axis, "
+            f"got {config.window_vox}; choose multiples of model.patch_vox"
+        )
+    if config.head == "unetr":
+        from anycontrast.models.unetr import UNETR
+
+        return UNETR(config, model)
+    from anycontrast.models.adaptive_unetr import AdaptiveUNETR
+
+    return AdaptiveUNETR(config, model)
+
+
+def segmenter_model_config(config: SegmenterConfig, model: "AMAEConfig") -> dict[str, object]:
+    """Return what `state.json` and releases keep of a segmenter: both configs as plain values."""
+    return {"segmenter": asdict(config), "amae": asdict(model.resolved())}
+
+
+def segmenter_from_model_config(model_config: Mapping[str, object]) -> nn.Module:
+    """Rebuild a segmenter, with fresh weights, from `segmenter_model_config`'s dictionary.
+
+    Raises:
+        ValueError: the dictionary lacks one of its two parts.
+    """
+    config, model = parse_segmenter_model_config(model_config)
+    return build_segmenter(config, model)
+
+
+def parse_segmenter_model_config(
+    model_config: Mapping[str, object],
+) -> tuple[SegmenterConfig, "AMAEConfig"]:
+    """Read both configs back from JSON values (lists become tuples again).
+
+    Raises:
+        ValueError: the dictionary lacks one of its two parts.
+    """
+    from anycontrast.models.amae import AMAEConfig
+
+    parts: list[dict[str, object]] = []
+    for key in ("segmenter", "amae"):
+        part = model_config.get(key)
+        if not isinstance(part, Mapping):
+            raise ValueError(
+                f"rebuilding a segmenter: model_config must hold {key!r}, found "
+                f"{sorted(model_config)}; this is not the config of a segmenter"
+            )
+        parts.append(
+            {
+                str(name): tuple(value) if str(name).endswith("_vox") else value
+                for name, value in part.items()
+            }
+        )
+    return SegmenterConfig(**parts[0]), AMAEConfig(**parts[1])  # type: ignore[arg-type]
+
+
+def region_targets(label_SXYZ: Tensor, regions: Mapping[str, list[int]]) -> Tensor:
+    """Turn label values into one binary channel per region.
+
+    Args:
+        label_SXYZ: [S, X, Y, Z] integer label values, 0 background.
+        regions: region name -> label values.
+
+    Returns:
+        [S, R, X, Y, Z] float32 of zeros and ones, regions in the mapping's order.
+    """
+    channels = [
+        torch.isin(
+            label_SXYZ, torch.tensor(values, device=label_SXYZ.device, dtype=label_SXYZ.dtype)
+        )
+        for values in regions.values()
+    ]
+    return torch.stack(channels, dim=1).to(torch.float32)
