@@ -142,7 +142,7 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def guarded(run: Callable[[], object]) -> int:
-    """Run a verb or a recipe: user mistakes end in one line and their exit code, bugs in a traceback.
+    """Run a verb or a recipe: user mistakes end in one line, bugs of ours in a traceback.
 
     Returns:
         The exit code; what `run` returned is printed as JSON on standard output.

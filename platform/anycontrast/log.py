@@ -31,7 +31,7 @@ class _RankFilter(logging.Filter):
 
 
 def setup_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
-    """Send logs to stderr: rank 0 at `level`, other ranks from WARNING on, each line with its rank."""
+    """Log to stderr: rank 0 at `level`, other ranks from WARNING on, each line with its rank."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RankFilter(rank))
     handler.setFormatter(

@@ -106,7 +106,7 @@ def shard(config: Config) -> Path:
 
 
 def ensure_shards(config: Config) -> None:
-    """Make the phantom's shards when there are none; any other source must be sharded on purpose."""
+    """Make the phantom's shards when there are none; other sources are sharded on purpose."""
     if (config.paths.shards / "dataset.json").is_file():
         return
     if config.scan.source != "phantom":
