@@ -6,12 +6,15 @@ training, inference and release never ask which head they have. Regions may over
 holds tumour core), which a softmax over label values could not express.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+
+from anycontrast_datasets.batch import PackedBatch
 
 if TYPE_CHECKING:
     from anycontrast.models.amae import AMAEConfig
@@ -60,7 +63,36 @@ class SegmenterConfig:
         return self.regions or {"lesion": list(range(1, 256))}
 
 
-def build_segmenter(config: SegmenterConfig, model: "AMAEConfig") -> nn.Module:
+class Segmenter(nn.Module):
+    """What both heads are: an encoder, a decoder, and what inference needs to know of them.
+
+    Args:
+        config: regions and window of the head.
+        patch_vox: voxels per patch of the encoder.
+    """
+
+    def __init__(self, config: SegmenterConfig, patch_vox: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch_vox = patch_vox
+        self.window_vox = config.window_vox
+        self.regions = dict(config.region_values)
+
+    @abstractmethod
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Segment every study of the batch.
+
+        Args:
+            batch: packed with `drop_empty=False`, all studies on one patch grid.
+
+        Returns:
+            [S, R, X, Y, Z] float32 logits, one sigmoid per region.
+
+        Raises:
+            ValueError: the studies differ in grid, or patches were dropped.
+        """
+
+
+def build_segmenter(config: SegmenterConfig, model: "AMAEConfig") -> Segmenter:
     """Build the segmenter of `config` around an encoder of `model`, with fresh weights.
 
     Args:
@@ -93,7 +125,7 @@ def segmenter_model_config(config: SegmenterConfig, model: "AMAEConfig") -> dict
     return {"segmenter": asdict(config), "amae": asdict(model.resolved())}
 
 
-def segmenter_from_model_config(model_config: Mapping[str, object]) -> nn.Module:
+def segmenter_from_model_config(model_config: Mapping[str, object]) -> Segmenter:
     """Rebuild a segmenter, with fresh weights, from `segmenter_model_config`'s dictionary.
 
     Raises:

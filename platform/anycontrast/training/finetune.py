@@ -46,7 +46,7 @@ class FinetuneConfig:
     """Show each study with a random non-empty subset of its contrasts."""
     foreground_crop_fraction: float = 0.5
     """Share of the crops centred on a labelled voxel."""
-    seed: int = 0
+
     log_every_steps: int = 10
     validate_every_steps: int = 100
     """Steps between validations (the last step always validates); 0 means the last step only."""
