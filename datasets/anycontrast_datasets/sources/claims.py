@@ -1,0 +1,109 @@
+"""What a source says about one file, before the file is opened.
+
+A source turns each file of its layout into a claim (subject, session, contrast or label) or a
+refusal; `grouping` opens the files and makes studies of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from anycontrast_datasets.contrast import (
+    UNKNOWN,
+    UnknownContrastError,
+    contrast_entry,
+    guess_from_name,
+    resolve_contrast,
+)
+from anycontrast_datasets.pseudonym import Naming
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What every source needs to know beside its root."""
+
+    dataset: str
+    naming: Naming
+    contrasts: tuple[str, ...] = ()
+    """Keep only these vocabulary names; empty keeps all."""
+    unknown_contrast: Literal["refuse", "keep"] = "refuse"
+    check_pictures: bool = True
+    max_bytes: int = 2 * 2**30
+    """Largest decoded size of one file."""
+    num_threads: int = 2
+    on_progress: Callable[[int, int], None] | None = None
+    """Called with (files done, files in all)."""
+
+
+@dataclass(frozen=True)
+class ContrastReading:
+    """What a text says about a contrast: a name, or why the file cannot be used."""
+
+    contrast: str = UNKNOWN
+    evidence: tuple[str, ...] = ()
+    code: str = ""
+    """Reason code; empty when the file may be used."""
+    reason: str = ""
+    is_mask: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileClaim:
+    """One file, and what its name, folder or table row says it is."""
+
+    location: str
+    """Relative to the root."""
+    subject: str
+    session: str
+    reading: ContrastReading = ContrastReading()
+    """Not used for labels."""
+    is_label: bool = False
+    is_stated: bool = False
+    """A person stated the contrast in a table: the picture may disagree but does not overrule."""
+
+
+def read_stated(text: str, *, where: str) -> ContrastReading:
+    """Read a contrast that somebody wrote down on purpose: a BIDS suffix, a table cell.
+
+    Args:
+        text: The name or a synonym.
+        where: Goes into the evidence, e.g. `BIDS suffix`.
+    """
+    try:
+        contrast = resolve_contrast(text)
+    except UnknownContrastError as error:
+        hint = read_name(text)
+        if hint.code and hint.code != "unknown_contrast":
+            return hint
+        reason = f"{where} {text!r} is not a known contrast; nearest is {error.nearest}"
+        return ContrastReading(code="unknown_contrast", reason=reason, is_mask=hint.is_mask)
+    return _usable(contrast, (f"{where}: {contrast}",))
+
+
+def read_name(filename: str) -> ContrastReading:
+    """Guess a contrast from a file name."""
+    guess = guess_from_name(filename)
+    evidence = guess.evidence
+    said = "; ".join(evidence)
+    if guess.is_mask:
+        return ContrastReading(evidence=evidence, is_mask=True)
+    if guess.not_mri:
+        return ContrastReading(code="not_mri", reason=f"not MRI ({said})")
+    if guess.is_phase:
+        return ContrastReading(code="phase_image", reason=f"a phase image ({said})")
+    if guess.is_localizer or guess.is_derived:
+        return ContrastReading(code="not_trainable", reason=f"not learned from ({said})")
+    if guess.contrast is None:
+        reason = f"contradicting tokens ({said})" if said else "the name says no contrast"
+        return ContrastReading(code="unknown_contrast", reason=reason)
+    return _usable(guess.contrast, evidence)
+
+
+def _usable(contrast: str, evidence: tuple[str, ...]) -> ContrastReading:
+    entry = contrast_entry(contrast)
+    if contrast == UNKNOWN:
+        return ContrastReading(UNKNOWN, evidence, "unknown_contrast", "stated as unknown")
+    if not entry.trainable:
+        code = "phase_image" if entry.family == "phase" else "not_trainable"
+        return ContrastReading(contrast, evidence, code, f"{contrast} is not learned from")
+    return ContrastReading(contrast, evidence)
