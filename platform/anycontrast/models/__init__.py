@@ -1,1 +1,1 @@
-"""Models: packed tokens in, reconstructions or segmentations out. No Ray, DeepSpeed or filesystem."""
+"""Models: packed tokens in, reconstructions or segmentations out; no files, no cluster."""

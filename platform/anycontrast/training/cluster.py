@@ -1,0 +1,225 @@
+"""Placement: the pretraining loop on Ray workers, or in this process. The only user of Ray here.
+
+Ray Train places one worker per GPU (or CPU share), joins them into a process group and restarts
+the group when one dies; each restart resumes from the newest checkpoint of the run folder, which
+must lie on a filesystem that all nodes share. Checkpoints are ours, so nothing waits for Ray to
+commit them. What no restart can mend (bad configuration, corrupt shard, missing checkpoint file)
+is written to `failure.json`, ends the run at once, and is raised again in the driver as it was.
+"""
+
+import json
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anycontrast
+from anycontrast.training.checkpoint import CheckpointError
+from anycontrast.training.config import Config, ConfigError, config_from_dict, config_to_dict
+from anycontrast.training.loop import TrainingError
+from anycontrast.training.pretrain import pretrain_worker, run_pretrain
+from anycontrast_datasets.study import ShardError, StudyError
+
+logger = logging.getLogger(__name__)
+
+# Errors that a restart would only repeat.
+_FINAL: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (ConfigError, CheckpointError, TrainingError, ShardError, StudyError)
+}
+
+
+def launch(config: Config) -> dict[str, Any]:
+    """Pretrain where `config.cluster` says and return the run's result.
+
+    Raises:
+        ConfigError: contradictory placement, or versions that differ between nodes.
+        TrainingError: the workers failed more than `cluster.max_failures` times.
+    """
+    if not _on_ray(config):
+        return run_pretrain(config)
+    config.paths.pretrain.mkdir(parents=True, exist_ok=True)
+    with _ray(config):
+        return _fit(config)
+
+
+def _on_ray(config: Config) -> bool:
+    cluster = config.cluster
+    if cluster.mode != "auto":
+        return cluster.mode == "ray"
+    return cluster.num_workers > 1 or bool(cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """Join the cluster at hand, or start one on this machine for the length of the block."""
+    # The version 2 API is what this file is written against; it must be chosen before the import.
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # A cluster of our own: only who knows this token may talk to it. Kept in the environment,
+        # so that no token file appears in the user's home.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if address is None:
+            _start_local(config)
+        else:
+            ray.init(address=address, log_to_driver=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"joining the Ray cluster at {address or 'this machine'} failed: {error}; check the "
+            "address, or set cluster.mode=process to train without Ray"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(config: Config) -> None:
+    import ray
+
+    wanted = config.cluster.num_workers * config.cluster.cpus_per_worker
+    cores = os.cpu_count() or 1
+    if wanted > cores:
+        logger.warning("%.0f workers' CPUs on %d cores: the workers share cores", wanted, cores)
+    logger.info("no Ray cluster given: starting one on this machine")
+    ray.init(
+        address="local",
+        # One more than the workers need: Ray Train's controller holds a share of its own.
+        num_cpus=max(cores, int(wanted) + 1),
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+    )
+
+
+def _fit(config: Config) -> dict[str, Any]:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = config.cluster
+    pretrain = config.paths.pretrain.resolve()
+    attempt = secrets.token_hex(8)
+    (pretrain / ".launch").write_text(attempt)
+    for name in ("failure.json", "result.json"):
+        (pretrain / name).unlink(missing_ok=True)
+    use_gpu = cluster.use_gpu
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(cluster.start_timeout_s))
+    )
+    values = {**config_to_dict(config), "root": str(Path(config.root).resolve())}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": values,
+            "attempt": attempt,
+            "version": anycontrast.__version__,
+            "is_local": _is_single_node(),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": int(use_gpu)},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{config.name}-{attempt}",
+            storage_path=cluster.storage or str(pretrain / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.timeout_s)
+        ),
+    )
+    logger.info("placing %d workers, %s", cluster.num_workers, "GPU" if use_gpu else "CPU")
+    try:
+        trainer.fit()
+    except Exception as error:
+        _raise_recorded(pretrain)
+        raise TrainingError(
+            f"training failed after {cluster.max_failures} restarts: {error}; the newest "
+            f"checkpoint is in {pretrain / 'checkpoints'}, run the same command to go on from it"
+        ) from error
+    _raise_recorded(pretrain)
+    result: dict[str, Any] = json.loads((pretrain / "result.json").read_text())
+    return result
+
+
+def _is_single_node() -> bool:
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes()) == 1
+
+
+def _raise_recorded(pretrain: Path) -> None:
+    """Raise the error that a worker recorded as final, if there is one."""
+    path = pretrain / "failure.json"
+    if path.is_file():
+        failure = json.loads(path.read_text())
+        raise _FINAL[failure["kind"]](failure["message"])
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """Run the loop on one Ray worker; every worker runs this."""
+    import ray.train
+
+    from anycontrast.log import setup_logging
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    setup_logging(rank=rank)
+    config = config_from_dict(arguments["config"])
+    pretrain = config.paths.pretrain
+    if (pretrain / "failure.json").is_file():
+        # A final error ended the attempt before this restart; nothing to try again.
+        return
+    try:
+        _check_node(pretrain, arguments)
+        if arguments["is_local"] and "GLOO_SOCKET_IFNAME" not in os.environ:
+            # All workers are on this machine; its host name may resolve to nothing reachable.
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        result = pretrain_worker(config)
+    except Exception as error:
+        kind = next((k for k, known in _FINAL.items() if isinstance(error, known)), None)
+        if kind is not None:
+            _record(pretrain / "failure.json", {"kind": kind, "message": str(error), "rank": rank})
+        raise
+    if rank == 0:
+        _record(pretrain / "result.json", result)
+    ray.train.report({"step": result.get("step", 0)})
+
+
+def _check_node(pretrain: Path, arguments: dict[str, Any]) -> None:
+    """Refuse a node with another version, or one that does not share the run folder."""
+    node = socket.gethostname()
+    if anycontrast.__version__ != arguments["version"]:
+        raise ConfigError(
+            f"node {node} has anycontrast {anycontrast.__version__}, the driver has "
+            f"{arguments['version']}; use one image on all nodes"
+        )
+    mark = pretrain / ".launch"
+    if not mark.is_file() or mark.read_text() != arguments["attempt"]:
+        raise ConfigError(
+            f"node {node} does not see the driver's run folder {pretrain}; set root to a folder on "
+            "storage that all nodes share"
+        )
+
+
+def _record(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(values, default=str))
+    temporary.replace(path)
