@@ -7,6 +7,7 @@ grid index in C order; so every study and every volume is one contiguous run.
 
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class PackedBatch:
     spacing_mm: tuple[tuple[float, float, float], ...]
     """Voxel spacing per study."""
     labels: tuple[Tensor | None, ...] = ()
-    """Per study [X, Y, Z] uint8 on the padded patch grid, or empty when labels were not asked for."""
+    """Per study [X, Y, Z] uint8 on the padded patch grid; empty when labels were not asked for."""
 
     @property
     def num_tokens(self) -> int:
@@ -78,13 +79,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """Return the batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        labels = tuple(
+        moved["labels"] = tuple(
             None if label is None else label.to(device, non_blocking=non_blocking)
             for label in self.labels
         )
-        return replace(self, labels=labels, **moved)
+        return replace(self, **moved)

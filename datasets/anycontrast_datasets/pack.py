@@ -8,6 +8,7 @@ codes twice; there is no Python loop over tokens.
 Letters: L patches of a volume, N kept ones, P voxels per patch, XYZ voxels along i, j, k.
 """
 
+import base64
 import heapq
 import math
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from anycontrast_datasets.augment import StudyView
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
+
+OCCUPANCY_BLOCK_VOX = 8
+"""Edge of the blocks of `VolumeRecord.occupancy`."""
 
 MIN_PATCHES = 2
 """Kept per volume even when empty: one to see, one to hide."""
@@ -112,9 +116,43 @@ def pack_studies(
         epochs=tuple(int(epoch) for epoch in epochs),
         contrasts=tuple(tuple(v.record.contrast for v in part.volumes) for part in parts),
         patch_grids=tuple(part.patch_grid for part in parts),
-        patch_vox=tuple(patch_vox),
+        patch_vox=(patch_vox[0], patch_vox[1], patch_vox[2]),
         spacing_mm=tuple(part.record.spacing_mm for part in parts),
         labels=tuple(part.label for part in parts) if labels else (),
+    )
+
+
+def estimate_tokens(
+    record: StudyRecord,
+    contrasts: Sequence[str],
+    patch_vox: tuple[int, int, int],
+    *,
+    crop_vox: tuple[int, int, int] | None = None,
+    drop_empty: bool = True,
+) -> float:
+    """Estimate how many tokens a study will have, from its record alone.
+
+    Exact for a whole study without a flip whose patches are made of whole occupancy blocks;
+    otherwise the occupied share of the box is applied to the patches served.
+
+    Args:
+        record: The stored study without its voxels.
+        contrasts: The contrasts that will be read.
+        patch_vox: Voxels of a patch along i, j, k.
+        crop_vox: Size of the crop, None for the whole box.
+        drop_empty: Whether patches without foreground are left out.
+
+    Raises:
+        StudyError: If an occupancy bitmap does not fit the shape of the study.
+    """
+    size = crop_vox if crop_vox is not None else record.shape
+    num_patches = math.prod(-(-n // p) for n, p in zip(size, patch_vox, strict=True))
+    if not drop_empty:
+        return float(num_patches * len(contrasts))
+    return sum(
+        max(MIN_PATCHES, num_patches * _occupied_share(record, volume, patch_vox))
+        for volume in record.volumes
+        if volume.contrast in contrasts
     )
 
 
@@ -156,6 +194,25 @@ def assign_packs(costs: Sequence[float], num_packs: int) -> list[list[int]]:
         packs[pack].append(study)
         heapq.heapreplace(heap, (load + costs[study], count + 1, pack))
     return [sorted(pack) for pack in packs]
+
+
+def _occupied_share(
+    record: StudyRecord, volume: VolumeRecord, patch_vox: tuple[int, int, int]
+) -> float:
+    blocks = [-(-n // OCCUPANCY_BLOCK_VOX) for n in record.shape]
+    packed = np.frombuffer(base64.b64decode(volume.occupancy), dtype=np.uint8)
+    if len(packed) != -(-math.prod(blocks) // 8):
+        raise StudyError(
+            f"study {record.study_id} {volume.contrast}: an occupancy bitmap of shape "
+            f"{record.shape} has {-(-math.prod(blocks) // 8)} bytes, found {len(packed)}; "
+            "write the shards again"
+        )
+    bits = np.unpackbits(packed, count=math.prod(blocks)).reshape(blocks)
+    # Blocks per patch; a patch that is no multiple of a block is judged by single blocks.
+    per_patch = [max(p // OCCUPANCY_BLOCK_VOX, 1) for p in patch_vox]
+    for axis, step in enumerate(per_patch):
+        bits = np.bitwise_or.reduceat(bits, np.arange(0, bits.shape[axis], step), axis=axis)
+    return float(bits.mean())
 
 
 def _study_tokens(
@@ -275,13 +332,12 @@ def _position_mm(
     parts: Sequence[_StudyTokens], grid_T3: npt.NDArray[np.int64], patch: tuple[int, int, int]
 ) -> npt.NDArray[np.float32]:
     lengths = [part.num_tokens for part in parts]
-    origin = np.asarray([part.origin_vox for part in parts], dtype=np.float64)
-    centre = np.asarray([part.record.shape for part in parts], dtype=np.float64) / 2
-    spacing = np.asarray([part.record.spacing_mm for part in parts], dtype=np.float64)
-    shift_T3 = np.repeat(origin - centre, lengths, axis=0)
-    position = ((grid_T3 + 0.5) * np.asarray(patch) + shift_T3) * np.repeat(
-        spacing, lengths, axis=0
-    )
+    origin_S3 = np.array([part.origin_vox for part in parts], dtype=np.float64)
+    centre_S3 = np.array([part.record.shape for part in parts], dtype=np.float64) / 2
+    spacing_S3 = np.array([part.record.spacing_mm for part in parts], dtype=np.float64)
+    shift_T3 = np.repeat(origin_S3 - centre_S3, lengths, axis=0)
+    voxel_T3 = (grid_T3 + 0.5) * np.array(patch, dtype=np.float64) + shift_T3
+    position: npt.NDArray[np.float64] = voxel_T3 * np.repeat(spacing_S3, lengths, axis=0)
     return position.astype(np.float32)
 
 
