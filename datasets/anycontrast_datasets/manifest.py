@@ -1,7 +1,7 @@
 """The manifest: one Parquet row per study, without paths and without original ids.
 
-In: studies of a scan. Out: `manifest.parquet`, and beside it, private, the table that says where the
-files are. Written whole or not at all; read back only if the schema is known, the content hash
+In: studies of a scan. Out: `manifest.parquet`, and beside it, private, the table that says where
+the files are. Written whole or not at all; read back only if the schema is known, the content hash
 agrees and every row is a valid `Study`. Rows are ordered by study id.
 """
 
@@ -76,7 +76,7 @@ SCHEMA: pa.Schema = pa.schema(
         pa.field("label", _label),
     ]
 )
-"""Shapes in voxels as stored in the file, spacing in mm, affines row by row (voxel ijk -> RAS+ mm)."""
+"""Shapes in voxels as in the file, spacing in mm, affines row by row (voxel ijk -> RAS+ mm)."""
 
 _SOURCES_SCHEMA = pa.schema(
     [pa.field(name, _text, nullable=False) for name in ("study_id", "role", "path")]

@@ -1,0 +1,253 @@
+"""Scan: find the studies of a source, check every file, write manifest, summary and ledger.
+
+In: a folder in one of the known layouts. Out, in one folder: `manifest.parquet` (studies, without
+paths or original ids), `summary.json` (counts) and `private/` (where the files are, the ledger of
+refusals, the pseudonym key), which must not be handed on. Every image file of the source is either
+accepted or in the ledger: inputs = accepted + refused. The same input gives the same files.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from anycontrast_datasets.contrast import contrast_id
+from anycontrast_datasets.ledger import Refusal, write_atomically, write_ledger
+from anycontrast_datasets.manifest import (
+    LABEL_KEY,
+    MANIFEST_NAME,
+    manifest_fingerprint,
+    write_locations,
+    write_manifest,
+)
+from anycontrast_datasets.pseudonym import Naming, PlainNaming, PseudonymNaming, SplitRule, load_key
+from anycontrast_datasets.sources.claims import SourceOptions
+from anycontrast_datasets.sources.listing import check_root
+from anycontrast_datasets.sources.phantom_config import PhantomConfig
+from anycontrast_datasets.study import ManifestError, Study
+
+logger = logging.getLogger(__name__)
+
+SUMMARY_NAME = "summary.json"
+PRIVATE_NAME = "private"
+LEDGER_NAME = "ledger.csv"
+KEY_NAME = "pseudonym.key"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """What to scan and how to name what is found."""
+
+    source: Literal["bids", "brats", "folder", "phantom"] = "phantom"
+    """Layout of the source; `folder` needs a table, `phantom` makes its own data."""
+    root: str | None = None
+    """Folder to scan; None only for `phantom`, which then writes beside the manifest folder."""
+    table: str | None = None
+    """CSV or TSV with columns file, subject, session, contrast, label; None unless `folder`."""
+    dataset: str = "phantom"
+    """Name of the collection; goes into the manifest, so it must not identify anyone."""
+    contrasts: list[str] = field(default_factory=list)
+    """Vocabulary names to keep; empty keeps all."""
+    unknown_contrast: Literal["refuse", "keep"] = "refuse"
+    """What happens to a volume whose contrast cannot be told: ledger, or kept as `unknown`."""
+    pseudonym_key_file: str | None = None
+    """Secret key for pseudonyms, kept outside the data; None makes one in `private/`."""
+    split_salt: str = "anycontrast"
+    """Another salt gives another assignment of subjects to splits."""
+    split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of subjects in train, val, test; they sum to 1."""
+    check_pictures: bool = True
+    """Compare each contrast with its picture, and refuse what is no brain."""
+    max_bytes: int = 2 * 2**30
+    """Largest decoded size of one file."""
+    num_threads: int = 2
+    """Files read at a time; each holds one volume in memory."""
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    """Only for `phantom`."""
+
+    def __post_init__(self) -> None:
+        for name in self.contrasts:
+            contrast_id(name)
+        if not self.dataset:
+            raise ValueError("scan.dataset must not be blank; give the collection a name")
+        if min(self.split_fractions) < 0 or abs(sum(self.split_fractions) - 1) > 1e-6:
+            raise ValueError(
+                f"scan.split_fractions must be >= 0 and sum to 1, got {self.split_fractions}"
+            )
+        for name in ("max_bytes", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"scan.{name} must be at least 1, got {getattr(self, name)}")
+        if self.source == "folder" and self.table is None:
+            raise ValueError(
+                "scan.table must name a CSV or TSV file for source=folder (columns file, subject, "
+                "session, contrast, label), got None"
+            )
+        if self.source != "folder" and self.table is not None:
+            raise ValueError(f"scan.table is read by source=folder only, not by {self.source}")
+        if self.source != "phantom" and self.root is None:
+            raise ValueError(f"scan.root must name a folder for source={self.source}, got None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanSummary:
+    """What a scan found, in files and studies."""
+
+    inputs: int
+    """Image files, and files that a table names but the folder does not have."""
+    accepted: int
+    refused: int
+    studies: int
+    subjects: int
+    labels: int
+    by_code: dict[str, int]
+    """Refused files by reason code."""
+    by_flag: dict[str, int]
+    """Volumes by quality flag."""
+    by_contrast: dict[str, int]
+    by_contrast_set: dict[str, int]
+    """Studies by their contrasts, e.g. `T1w+FLAIR`."""
+    by_split: dict[str, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.studies} studies of {self.subjects} subjects; {self.inputs} files: "
+            f"{self.accepted} accepted, {self.refused} refused {self.by_code or ''}"
+        ).rstrip()
+
+
+def run_scan(
+    config: ScanConfig, out_dir: Path, *, on_progress: Callable[[int, int], None] | None = None
+) -> ScanSummary:
+    """Scan a source and write manifest, summary and the private tables into `out_dir`.
+
+    Args:
+        config: What to scan.
+        out_dir: Made when missing; earlier results in it are replaced, its key is kept.
+        on_progress: Called with (files done, files in all).
+
+    Raises:
+        ManifestError: the source is missing or holds no image, the table is wrong, or no file was
+            accepted (the ledger is written first).
+    """
+    root = _root(config, out_dir)
+    private = out_dir / PRIVATE_NAME
+    private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private.chmod(0o700)
+    studies: list[Study] = []
+    refusals: list[Refusal] = []
+    for found in _source(config, root, private, on_progress):
+        if isinstance(found, Study):
+            studies.append(found)
+        else:
+            refusals.append(found)
+    studies.sort(key=lambda study: study.study_id)
+    summary = summarise(studies, refusals)
+    if summary.inputs == 0:
+        raise ManifestError(
+            f"scanning {root}: no image file in the folder (.nii, .nii.gz); correct scan.root"
+        )
+    write_ledger(refusals, private / LEDGER_NAME)
+    if not studies:
+        (out_dir / MANIFEST_NAME).unlink(missing_ok=True)
+        raise ManifestError(
+            f"scanning {root}: none of {summary.inputs} files was accepted: {summary.by_code}; "
+            f"the reasons are in {private / LEDGER_NAME}"
+        )
+    _write(studies, summary, root, out_dir)
+    return summary
+
+
+def summarise(studies: Sequence[Study], refusals: Sequence[Refusal]) -> ScanSummary:
+    """Count files and studies; nothing in the result names a file or a person."""
+    volumes = [volume for study in studies for volume in study.volumes]
+    num_labels = sum(study.label is not None for study in studies)
+    accepted = len(volumes) + num_labels
+    return ScanSummary(
+        inputs=accepted + len(refusals),
+        accepted=accepted,
+        refused=len(refusals),
+        studies=len(studies),
+        subjects=len({study.subject_id for study in studies}),
+        labels=num_labels,
+        by_code=_counts(refusal.code for refusal in refusals),
+        by_flag=_counts(flag for volume in volumes for flag in volume.flags),
+        by_contrast=_counts(volume.contrast for volume in volumes),
+        by_contrast_set=_counts("+".join(study.contrasts) for study in studies),
+        by_split=_counts(study.split for study in studies),
+    )
+
+
+def _counts(names: Iterator[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
+
+
+def _root(config: ScanConfig, out_dir: Path) -> Path:
+    if config.root is None:
+        return (out_dir.parent / "source").resolve()
+    root = Path(config.root).expanduser().resolve()
+    if config.source != "phantom":
+        check_root(root)
+    return root
+
+
+def _source(
+    config: ScanConfig,
+    root: Path,
+    private: Path,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[Study | Refusal]:
+    # Inside, so that loading a configuration loads neither nibabel nor the phantom.
+    from anycontrast_datasets.sources import bids, brats, folder, phantom
+
+    options = SourceOptions(
+        dataset=config.dataset,
+        naming=_naming(config, private),
+        contrasts=tuple(config.contrasts),
+        unknown_contrast=config.unknown_contrast,
+        check_pictures=config.check_pictures,
+        max_bytes=config.max_bytes,
+        num_threads=config.num_threads,
+        on_progress=on_progress,
+    )
+    if config.source == "folder":
+        assert config.table is not None, "ScanConfig checks that a folder source has a table"
+        return folder.scan(root, options, Path(config.table).expanduser())
+    if config.source == "brats":
+        return brats.scan(root, options)
+    if config.source == "phantom":
+        phantom.write_phantom(root, config.phantom, on_progress=on_progress)
+    return bids.scan(root, options)
+
+
+def _naming(config: ScanConfig, private: Path) -> Naming:
+    split = SplitRule(config.dataset, config.split_salt, config.split_fractions)
+    if config.source == "phantom":
+        return PlainNaming(config.dataset, split)
+    given = config.pseudonym_key_file
+    key = load_key(Path(given).expanduser() if given else None, private / KEY_NAME)
+    return PseudonymNaming(key, config.dataset, split)
+
+
+def _write(studies: Sequence[Study], summary: ScanSummary, root: Path, out_dir: Path) -> None:
+    manifest = out_dir / MANIFEST_NAME
+    write_manifest(studies, manifest)
+    write_locations(_locations(studies, root), out_dir, fingerprint=manifest_fingerprint(manifest))
+    text = json.dumps(asdict(summary), indent=2) + "\n"
+    write_atomically(out_dir / SUMMARY_NAME, text.encode())
+
+
+def _locations(studies: Sequence[Study], root: Path) -> Mapping[tuple[str, str], Path]:
+    volumes = {
+        (study.study_id, volume.contrast): root / volume.location
+        for study in studies
+        for volume in study.volumes
+    }
+    labels = {
+        (study.study_id, LABEL_KEY): root / study.label.location
+        for study in studies
+        if study.label is not None
+    }
+    return volumes | labels
