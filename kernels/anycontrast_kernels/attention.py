@@ -10,6 +10,7 @@ Letters: Tq / Tk tokens, S sequences, H heads, D head dim.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
@@ -158,9 +159,7 @@ def _torch_refusal(situation: Situation) -> str | None:
         return f"needs float16 or bfloat16, this is {situation.dtype}"
     if situation.head_dim % 8 or situation.head_dim > FLASH_MAX_HEAD_DIM:
         return f"needs a head dim that is a multiple of 8 up to 256, this is {situation.head_dim}"
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
+    if find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     return None
 

@@ -46,7 +46,9 @@ class AttentionFunction(Protocol):
         lengths_q: Sequence[int],
         lengths_k: Sequence[int],
         scale: float | None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return [Tq, H, D]."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""Transformer blocks over packed tokens.
+
+Pre-norm residual blocks: x + Attention(LN x), then x + MLP(LN x). A pack is described by `Runs`;
+attention never leaves a run, so a study's result does not depend on what it is packed with.
+
+Letters: T tokens, M queries, N memory tokens, D width, H heads, S studies.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import init
+from torch.utils.checkpoint import checkpoint
+
+from anycontrast_kernels.attention import varlen_attention
+
+LAYER_NORM_EPS = 1e-5
+"""As BM-MAE and PyTorch; 1e-6 (timm) is below what bfloat16 and float16 inputs resolve."""
+
+
+class Runs(NamedTuple):
+    """Studies in a row of tokens: the same lengths on the device and on the host."""
+
+    cu_seqlens: Tensor
+    """[S + 1] int32."""
+    lengths: tuple[int, ...]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention within each run."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_TD: Tensor, runs: Runs) -> Tensor:
+        """[T, D] -> [T, D]."""
+        q, k, v = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        y = varlen_attention(
+            q,
+            k,
+            v,
+            runs.cu_seqlens,
+            runs.cu_seqlens,
+            lengths_q=runs.lengths,
+            lengths_k=runs.lengths,
+        )
+        out: Tensor = self.out(y.flatten(1))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to the memory of their own run."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_MD: Tensor, memory_ND: Tensor, runs: Runs, memory_runs: Runs) -> Tensor:
+        """[M, D] queries, [N, D] memory -> [M, D]."""
+        q = self.q(x_MD).unflatten(-1, (self.num_heads, -1))
+        k, v = self.kv(memory_ND).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        y = varlen_attention(
+            q,
+            k,
+            v,
+            runs.cu_seqlens,
+            memory_runs.cu_seqlens,
+            lengths_q=runs.lengths,
+            lengths_k=memory_runs.lengths,
+        )
+        out: Tensor = self.out(y.flatten(1))
+        return out
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__(nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, width))
+
+
+class Block(nn.Module):
+    """Self-attention block."""
+
+    def __init__(self, width: int, num_heads: int, hidden_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attention = SelfAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(width, hidden_width)
+
+    def forward(self, x_TD: Tensor, runs: Runs) -> Tensor:
+        """[T, D] -> [T, D]."""
+        x_TD = x_TD + self.attention(self.norm1(x_TD), runs)
+        return x_TD + self.mlp(self.norm2(x_TD))
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention block: queries look at a memory, not at each other."""
+
+    def __init__(self, width: int, num_heads: int, hidden_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attention = CrossAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(width, hidden_width)
+
+    def forward(self, x_MD: Tensor, memory_ND: Tensor, runs: Runs, memory_runs: Runs) -> Tensor:
+        """[M, D] queries, [N, D] normed memory -> [M, D]."""
+        x_MD = x_MD + self.attention(self.norm1(x_MD), memory_ND, runs, memory_runs)
+        return x_MD + self.mlp(self.norm2(x_MD))
+
+
+def run_block(block: nn.Module, *inputs: object, recompute: bool) -> Tensor:
+    """Run a block; with `recompute` its activations are computed again in the backward pass."""
+    if recompute:
+        # Blocks draw no random numbers, so there is no state to keep.
+        out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out = block(*inputs)
+    return out
+
+
+def init_blocks(module: nn.Module) -> None:
+    """Initialise linear layers (Xavier uniform, bias 0, as MAE) and embeddings (truncated 0.02)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            init.trunc_normal_(part.weight, std=0.02)
