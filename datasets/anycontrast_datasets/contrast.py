@@ -297,7 +297,7 @@ class ContrastDescriptor:
                     key,
                     limits[name],
                 )
-        descriptor = cls(has_agent=_agent(sidecar), **values)
+        descriptor = replace(cls(has_agent=_agent(sidecar)), **values)  # type: ignore[arg-type]
         return descriptor.with_contrast(contrast)
 
     def to_dict(self) -> dict[str, object]:
