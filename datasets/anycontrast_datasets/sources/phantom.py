@@ -128,9 +128,7 @@ def _write_study(root: Path, config: PhantomConfig, plan: StudyPlan) -> list[str
     written = []
     for contrast, image in study.images.items():
         written += _write_image(root, volume_path(plan, contrast), image)
-    if study.label is not None:
-        written += _write_image(root, label_path(plan), study.label)
-    return written
+    return written + _write_image(root, label_path(plan), study.label)
 
 
 def _write_image(root: Path, name: str, image: ScannedImage) -> list[str]:
@@ -164,9 +162,8 @@ def _description() -> dict[str, object]:
 
 def _planned_files(plan: StudyPlan) -> list[str]:
     """All files of a study, sidecars included."""
-    volumes = [volume_path(plan, contrast) for contrast in plan.contrasts]
-    volumes += [label_path(plan)] if plan.lesion else []
-    return volumes + [_sidecar_name(name) for name in volumes]
+    images = [volume_path(plan, contrast) for contrast in plan.contrasts] + [label_path(plan)]
+    return images + [_sidecar_name(name) for name in images]
 
 
 def _identity(config: PhantomConfig) -> dict[str, object]:

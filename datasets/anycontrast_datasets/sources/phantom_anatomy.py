@@ -12,6 +12,7 @@ Source: ICBM 2009a nonlinear symmetric tissue maps and T1 template, as nilearn's
 
 import functools
 import importlib.util
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ Spacing = tuple[float, float, float]
 _ATLAS_TISSUES = ("gm", "wm", "csf", "bone", "scalp")
 _MARGIN_MM = 14.0
 _SHELL_MM = 16.0
+# Threads that start together would each read the atlas.
+_ATLAS_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def load_atlas(spacing_mm: float, *, skull: bool = False) -> Atlas:
     coarse[:3, :3] = affine[:3, :3] @ scale
     coarse[:3, 3] += affine[:3, :3] @ (np.diag(scale) - 1.0) / 2.0
     if skull:
-        fractions |= _shell(sum(fractions.values()) > 0.5, spacing_mm)
+        fractions |= _shell(np.stack(list(fractions.values())).sum(axis=0) > 0.5, spacing_mm)
     return Atlas(fractions=fractions, affine=coarse, box_mm=box)
 
 
@@ -180,7 +183,8 @@ def make_head(
         pose_rng: decides the rigid pose: fresh for every session.
         skull: add the shell of bone and scalp.
     """
-    atlas = load_atlas(max(1.0, min(spacing_mm) / 2.0), skull=skull)
+    with _ATLAS_LOCK:
+        atlas = load_atlas(max(1.0, min(spacing_mm) / 2.0), skull=skull)
     margin = _MARGIN_MM + (_SHELL_MM if skull else 0.0)
     low, high = atlas.box_mm[0] - margin, atlas.box_mm[1] + margin
     shape = tuple(int(n) for n in np.ceil((high - low) / np.array(spacing_mm)))

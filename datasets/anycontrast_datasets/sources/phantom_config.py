@@ -69,7 +69,7 @@ class PhantomConfig:
     always: list[str] = field(default_factory=list)
     """Contrasts that every study has, e.g. `[DWI, ADC]` for a stroke finetune."""
     lesion_fraction: float = 0.8
-    """Share of studies with a lesion and its mask; the others have no mask file."""
+    """Share of studies with a lesion; the mask of a healthy study is empty."""
     infarct_fraction: float = 0.5
     """Share of the lesions that are infarcts; the others are tumours."""
     noise: float = 0.03

@@ -81,8 +81,8 @@ def _draw_lesion(head: Head, kind: str, rng: np.random.Generator) -> Lesion:
     low, high = (9.0, 20.0) if kind == "infarct" else (18.0, 30.0)
     radius_mm = max(rng.uniform(low, high), (2.5 if kind == "infarct" else 5.0) * spacing.max())
     axes_mm = radius_mm * np.exp(rng.normal(0.0, 0.15, 3))
-    depth_vox = np.maximum(1, np.round(14.0 / spacing)).astype(int)
-    is_deep = ndimage.uniform_filter(head.brain, depth_vox * 2 + 1) > 0.93
+    window_vox = [2 * max(1, round(14.0 / step)) + 1 for step in head.spacing_mm]
+    is_deep = ndimage.uniform_filter(head.brain, window_vox) > 0.93
     candidates = np.flatnonzero(is_deep & (head.tissue("gm", "wm") > 0.8))
     assert candidates.size, "no place for a lesion: the atlas is not a brain"
     place = np.unravel_index(rng.choice(candidates), shape)

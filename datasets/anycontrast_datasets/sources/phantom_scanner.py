@@ -3,7 +3,8 @@
 Tissue signals are mixed on the working grid, sampled on the acquisition grid (averaged over the
 slice thickness), turned into a magnitude, shaded by the receive field, given noise and stored as
 int16 in the orientation of the protocol. All images of a study share the head's pose in scanner
-mm. Gives up: motion, distortion, k-space artefacts; the main field runs along the head.
+mm. Gives up: motion, distortion, k-space artefacts, fat suppression; the main
+field runs along the head.
 """
 
 import math
@@ -66,10 +67,13 @@ class ScannedImage:
 
 @dataclass(frozen=True)
 class ScannedStudy:
-    """All images of one session, and the lesion mask on the grid of `label_grid_of`."""
+    """All images of one session, and the lesion mask on the grid of `label_grid_of`.
+
+    The mask of a healthy study is all 0.
+    """
 
     images: dict[str, ScannedImage]
-    label: ScannedImage | None
+    label: ScannedImage
     label_grid_of: str
 
 
@@ -92,13 +96,11 @@ def scan_study(config: PhantomConfig, plan: StudyPlan) -> ScannedStudy:
         for name in plan.contrasts
     }
     grid_of = next((n for n in ("DWI", "FLAIR") if n in images), plan.contrasts[0])
-    label = None
-    if plan.lesion:
-        label_sidecar: dict[str, object] = {"Values": {v: k for k, v in LESION_VALUES.items()}}
-        shares = {name: _sample(head, head.tissue(name), grids[grid_of]) for name in LESION_VALUES}
-        label = _store(
-            head, lesion_label(shares), grids[grid_of], protocols[grid_of], label_sidecar
-        )
+    shares = {name: _sample(head, head.tissue(name), grids[grid_of]) for name in LESION_VALUES}
+    values: dict[str, object] = {str(value): name for name, value in LESION_VALUES.items()}
+    label = _store(
+        head, lesion_label(shares), grids[grid_of], protocols[grid_of], {"Values": values}
+    )
     return ScannedStudy(images, label, grid_of)
 
 
@@ -162,16 +164,16 @@ def _acquire(
         signal_K = signals(protocol, tissues)
         image = np.abs(_sample(head, _mix(head, signal_K, protocol, tissues), grid))
         shading = smooth_field(rng, grid.shape, spacing, correlation_mm=90.0)
-        image *= np.exp(config.bias * shading)
+        image *= np.exp(np.float32(config.bias) * shading)
         brightest = float(np.abs(signal_K[[TISSUE_NAMES.index(n) for n in ("gm", "wm")]]).max())
         noise = rng.standard_normal((2, *grid.shape), dtype=np.float32) * np.float32(
             config.noise * brightest
         )
         # Magnitude of a complex signal: Rician noise.
-        image = np.hypot(image + noise[0], noise[1])
+        image = np.asarray(np.hypot(image + noise[0], noise[1]), dtype=np.float32)
         gain = _site_gain(config, plan) / brightest
     if not config.skull:
-        image = np.where(_sample(head, head.brain, grid) > 0.5, image, 0.0)
+        image *= _sample(head, head.brain, grid) > 0.5
     stored = np.clip(np.rint(image * gain), 0, np.iinfo(np.int16).max).astype(np.int16)
     sidecar = {**protocol.sidecar(), "SkullStripped": not config.skull}
     return _store(head, stored, grid, protocol, sidecar)
