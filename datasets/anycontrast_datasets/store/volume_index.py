@@ -1,0 +1,164 @@
+"""The two files beside the shards: `index.parquet` (where every member lies) and `dataset.json`.
+
+`index.parquet` has one row per member, studies in manifest order, members of a study in the order
+of the tar, `study.json` last; its row carries the record itself, so opening a store reads no tar.
+`dataset.json` is written last and is the commit: without it there is no data set. It says what was
+made of what (fingerprints, counts, configuration, refusals) and names no path and no person.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from anycontrast_datasets.ledger import write_atomically
+from anycontrast_datasets.study import ShardError
+
+SCHEMA_VERSION = 1
+INDEX_NAME = "index.parquet"
+DATASET_NAME = "dataset.json"
+RECORD_MEMBER = "study.json"
+LABEL_MEMBER = "label"
+KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
+"""Study ids that may become a member name: webdataset cuts a key at the first dot."""
+AGAIN = "run `anycontrast shard` again"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("study_id", pa.string()),
+        ("contrast", pa.string()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("xxh3_64", pa.string()),
+        ("shape", pa.list_(pa.int32())),
+        ("dtype", pa.string()),
+        ("record", pa.string()),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberRow:
+    """Where one member of a shard lies."""
+
+    shard: str
+    study_id: str
+    contrast: str
+    """Vocabulary name, "label", or "study.json" for the record."""
+    offset: int
+    """First byte of the payload in the tar."""
+    bytes: int
+    xxh3_64: str
+    """16 hexadecimal digits."""
+    shape: tuple[int, ...]
+    """Voxels; empty for the record."""
+    dtype: str
+    """`int16`, `uint8`, or `json`."""
+    record: str | None = None
+    """The record's text; only on its own row."""
+
+
+def member_to_dict(row: MemberRow) -> dict[str, Any]:
+    """Return a JSON-ready copy."""
+    return {**asdict(row), "shape": list(row.shape)}
+
+
+def member_from_dict(values: Mapping[str, Any]) -> MemberRow:
+    """Inverse of `member_to_dict`."""
+    return MemberRow(**{**values, "shape": tuple(values["shape"])})
+
+
+def index_bytes(rows: Sequence[MemberRow]) -> bytes:
+    """Return the rows as a Parquet file."""
+    table = pa.Table.from_pylist([member_to_dict(row) for row in rows], schema=INDEX_SCHEMA)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_dataset(root: Path) -> dict[str, Any]:
+    """Read `dataset.json` of a sharded data set.
+
+    Raises:
+        ShardError: If it is missing, damaged, or of a newer schema.
+    """
+    path = root / DATASET_NAME
+    if not path.is_file():
+        raise ShardError(
+            f"opening shards: {root} must hold {DATASET_NAME}, which is written last, and does "
+            f"not; {AGAIN} (finished shards are kept), or point at the folder it wrote"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+        version = int(values["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"opening shards: {path} is damaged ({error}); {AGAIN}") from error
+    if version > SCHEMA_VERSION:
+        raise ShardError(
+            f"opening shards: {path} has schema version {version}, newer than {SCHEMA_VERSION}, "
+            f"the newest this installation reads; upgrade anycontrast or {AGAIN}"
+        )
+    if not isinstance(values, dict):
+        raise ShardError(f"opening shards: {path} must hold an object; {AGAIN}")
+    return values
+
+
+def read_index(root: Path, sha256: str) -> dict[str, list[Any]]:
+    """Read `index.parquet` as columns.
+
+    Args:
+        root: Folder of the shards.
+        sha256: Of the index, from `dataset.json`.
+
+    Raises:
+        ShardError: If it is missing or is not the index that was written.
+    """
+    path = root / INDEX_NAME
+    if not path.is_file():
+        raise ShardError(f"opening shards: the index {path} is missing; {AGAIN}")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ShardError(
+            f"opening shards: the index {path} must have sha256 {sha256[:16]}, found "
+            f"{found[:16]}; {AGAIN}"
+        )
+    columns: dict[str, list[Any]] = pq.read_table(io.BytesIO(content)).to_pydict()
+    return columns
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and make its name durable too."""
+    write_atomically(path, content)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """Return sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(values: object) -> str:
+    """Return sha256 of plain values: equal values, equal hash."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
