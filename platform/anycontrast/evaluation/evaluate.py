@@ -1,13 +1,38 @@
 """Evaluate finetuned segmenters on every contrast subset: tables, CSV and a plot.
 
 Comes in: the finetuned runs of a run folder (`finetune/pretrained` and, if present,
-`finetune/scratch`) and the labelled studies of one split. Goes out: `report/dice_by_subset.csv`,
-`.md` and `.png`.
+`finetune/scratch`) and the labelled studies of one split. Goes out, under `report/`:
+`dice_by_subset.csv`, `.md`, `.png` and `.json`, and `dice_by_study.csv` with every single score.
+A study is evaluated on a subset only if it has all of the subset's contrasts.
 """
 
+import json
 import logging
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from anycontrast.evaluation.metrics import EMPTY_TRUTH_NOTE, dice_per_region
+from anycontrast.evaluation.subsets import Subset, contrast_subsets, counts_for, subset_name
+from anycontrast.evaluation.tables import (
+    StudyScore,
+    SubsetRow,
+    summarise,
+    write_csv,
+    write_markdown,
+    write_plot,
+    write_study_csv,
+)
+from anycontrast_datasets.study import ManifestError
+
+if TYPE_CHECKING:
+    from anycontrast.models.segmenter import Segmenter
+    from anycontrast.training.config import Config
+    from anycontrast_datasets.store.reader import StudyStore
+
+VARIANTS = ("pretrained", "scratch")
 
 logger = logging.getLogger(__name__)
 
@@ -43,3 +68,209 @@ class EvaluateConfig:
             raise ValueError(f"evaluate.threshold must be in 0..1, got {self.threshold}")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"evaluate.overlap must be in 0 <= overlap < 1, got {self.overlap}")
+
+
+def run_evaluate(config: "Config") -> dict[str, Any]:
+    """Evaluate every finetuned segmenter of the run and write the report.
+
+    Returns:
+        The summary that is also written as `report/dice_by_subset.json`.
+
+    Raises:
+        CheckpointError: the run has no finetuned segmenter, or its checkpoint is damaged.
+        ManifestError: no labelled study in the split.
+    """
+    from anycontrast.training.checkpoint import CheckpointError
+    from anycontrast_datasets.store.reader import open_store
+
+    checkpoints = find_finetuned(config.paths.finetune)
+    if not checkpoints:
+        raise CheckpointError(
+            f"evaluate: no finetuned segmenter under {config.paths.finetune}; "
+            "run `anycontrast finetune` with the same config first"
+        )
+    models = {variant: load_finetuned(path) for variant, path in checkpoints.items()}
+    store = open_store(config.paths.shards)
+    scores = score_models(models, store, config.evaluate)
+    summary = write_report(scores, config.paths.report, config.evaluate, checkpoints)
+    logger.info("Dice per contrast subset in %s", config.paths.report / "dice_by_subset.md")
+    return summary
+
+
+def find_finetuned(folder: Path) -> dict[str, Path]:
+    """Return the checkpoint to evaluate per variant: the best one, else the newest valid one."""
+    from anycontrast.training.checkpoint import latest
+
+    found: dict[str, Path] = {}
+    for variant in VARIANTS:
+        best = folder / variant / "best.json"
+        checkpoints = folder / variant / "checkpoints"
+        if best.is_file():
+            found[variant] = checkpoints / str(json.loads(best.read_text())["checkpoint"])
+        elif checkpoints.is_dir() and (newest := latest(checkpoints)) is not None:
+            found[variant] = newest.path
+    return found
+
+
+def load_finetuned(checkpoint: Path) -> "Segmenter":
+    """Rebuild a finetuned segmenter from its checkpoint, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: damaged, or not a segmenter's.
+    """
+    from anycontrast.models.segmenter import segmenter_from_model_config
+    from anycontrast.training.checkpoint import CheckpointError, load_weights
+
+    tensors, state = load_weights(checkpoint)
+    if state["kind"] != "segmenter":
+        raise CheckpointError(
+            f"evaluate: checkpoint {checkpoint} holds a model of kind {state['kind']!r}, "
+            "expected a finetuned segmenter"
+        )
+    model = segmenter_from_model_config(state["model_config"])
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def score_models(
+    models: "Mapping[str, Segmenter]",
+    store: "StudyStore",
+    config: EvaluateConfig,
+    *,
+    on_study: Callable[[int, int], None] | None = None,
+) -> list[StudyScore]:
+    """Predict every labelled study of the split from each of its contrast subsets.
+
+    Args:
+        models: variant name -> segmenter; all predict the same studies and subsets.
+        store: where the studies are read from; every study is read once.
+        config: split, subsets, inference and metric.
+        on_study: called with (studies done, studies in all).
+
+    Raises:
+        ManifestError: no labelled study in the split has one of the contrasts.
+    """
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    indices = labelled_indices(store, config.split, config.contrasts)
+    indices = indices[: config.max_studies] if config.max_studies else indices
+    available = {c for i in indices for c in store.records[i].contrasts}
+    subsets = contrast_subsets(config.contrasts or available, max_size=config.max_subset_contrasts)
+    scores: list[StudyScore] = []
+    for done, index in enumerate(indices):
+        arrays = store.read(index, label=True)
+        own = [s for s in subsets if counts_for(arrays.record.contrasts, s)]
+        for variant, model in models.items():
+            model.to(device)
+            for subset in own:
+                scores += _score(model, variant, arrays, subset, config, device)
+        if on_study is not None:
+            on_study(done + 1, len(indices))
+    return scores
+
+
+def labelled_indices(store: "StudyStore", split: str, contrasts: Sequence[str] = ()) -> list[int]:
+    """Return the labelled studies of a split that have one of the contrasts (empty: any).
+
+    Raises:
+        ManifestError: there is none.
+    """
+    in_split = [i for i, record in enumerate(store.records) if record.split == split]
+    labelled = [
+        i
+        for i in in_split
+        if store.records[i].has_label
+        and (not contrasts or set(contrasts) & set(store.records[i].contrasts))
+    ]
+    if not labelled:
+        raise ManifestError(
+            f"evaluating: no labelled study in split {split!r} with contrasts "
+            f"{list(contrasts) or 'any'} (the split has {len(in_split)} studies); use another "
+            "split, or change scan.split_fractions"
+        )
+    if len(labelled) < len(in_split):
+        logger.info(
+            "split %s: %d studies used, %d left out for lack of a label or of the contrasts",
+            split,
+            len(labelled),
+            len(in_split) - len(labelled),
+        )
+    return labelled
+
+
+def _score(
+    model: "Segmenter",
+    variant: str,
+    arrays: Any,
+    subset: Subset,
+    config: EvaluateConfig,
+    device: Any,
+) -> list[StudyScore]:
+    from anycontrast.evaluation.inference import predict_study
+
+    probability_RXYZ = predict_study(
+        model,
+        arrays,
+        contrasts=subset,
+        overlap=config.overlap,
+        blending=config.blending,
+        device=device,
+    )
+    found = dice_per_region(
+        probability_RXYZ,
+        arrays.label,
+        model.regions,
+        threshold=config.threshold,
+        empty_truth=config.empty_truth,
+    )
+    study_id = arrays.record.study_id
+    return [StudyScore(variant, study_id, subset, region, d) for region, d in found.items()]
+
+
+def write_report(
+    scores: Sequence[StudyScore],
+    folder: Path,
+    config: EvaluateConfig,
+    checkpoints: Mapping[str, Path],
+) -> dict[str, Any]:
+    """Write tables and plot under `folder` and return the summary."""
+    rows = summarise(scores, num_bootstrap=config.num_bootstrap, seed=config.seed)
+    num_studies = len({s.study_id for s in scores})
+    title = f"Dice per contrast subset, split {config.split}, {num_studies} studies"
+    note = (
+        f"Mean over studies (95 % bootstrap interval, {config.num_bootstrap} resamples); "
+        f"threshold {config.threshold}; {EMPTY_TRUTH_NOTE[config.empty_truth]}; `gain` is the "
+        "paired difference to training from scratch."
+    )
+    write_csv(rows, folder / "dice_by_subset.csv")
+    write_study_csv(scores, folder / "dice_by_study.csv")
+    write_markdown(rows, folder / "dice_by_subset.md", title=title, note=note)
+    write_plot(rows, folder / "dice_by_subset.png", title=title)
+    summary = {
+        "metric": "dice",
+        "protocol": asdict(config),
+        "num_studies": num_studies,
+        "checkpoints": {variant: path.name for variant, path in checkpoints.items()},
+        "rows": [_row_dict(row) for row in rows],
+    }
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    (folder / "dice_by_subset.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def _row_dict(row: SubsetRow) -> dict[str, Any]:
+    numbers = {
+        f"{name}_{part}": value if math.isfinite(value) else None
+        for name, interval in (("dice", row.score), ("gain", row.gain))
+        if interval is not None
+        for part, value in zip(("mean", "low", "high"), interval[:3], strict=True)
+    }
+    return {
+        "variant": row.variant,
+        "contrasts": list(row.subset),
+        "subset": subset_name(row.subset),
+        "region": row.region,
+        "num_studies": row.score.num_studies,
+        **numbers,
+    }

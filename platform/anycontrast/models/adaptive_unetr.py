@@ -11,13 +11,15 @@ Letters: T tokens, S studies, V volumes, L patches of a grid, E width, F feature
 Source: Das et al., arXiv 2501.09096, section on Adaptive UNETR; decoder: `unetr.py`.
 """
 
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from anycontrast.models.amae import AMAE, AMAEConfig
-from anycontrast.models.segmenter import Segmenter, SegmenterConfig
+from anycontrast.models.amae import AMAEConfig
+from anycontrast.models.encoder import Encoder
+from anycontrast.models.segmenter import Segmenter, SegmenterConfig, TransferReport, take_tensors
 from anycontrast.models.unetr import (
     UNETRDecoder,
     common_grid,
@@ -39,35 +41,36 @@ class AdaptiveUNETR(Segmenter):
     """
 
     def __init__(self, config: SegmenterConfig, model: AMAEConfig) -> None:
-        resolved = model.resolved()
-        super().__init__(config, resolved.patch_vox)
-        width, depth = resolved.width, resolved.depth
-        assert width is not None and depth is not None, "resolved() fills these"
-        self.encoder = AMAE(resolved).encoder
-        num_levels = len(level_strides(resolved.patch_vox))
-        self.tap_blocks = tap_blocks(depth, num_levels)
+        super().__init__(config, model.patch_vox)
+        shape = model.encoder_config()
+        self.encoder = Encoder(shape)
+        self.tap_blocks = tap_blocks(shape.depth, len(level_strides(model.patch_vox)))
         self.stem = full_resolution_stem(1, config.feature_size)
         self.decoder = UNETRDecoder(
-            width, resolved.patch_vox, config.feature_size, len(config.region_values)
+            shape.width, model.patch_vox, config.feature_size, len(config.region_values)
         )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """See `Segmenter.forward`."""
         grid = common_grid(batch)
-        blocks = sorted(set(self.tap_blocks))
-        last_TE, outputs = self.encoder(batch, taps=blocks)
-        tap_of = dict(zip(blocks, outputs, strict=True))
+        last_TE, taps_TE = self.encoder(batch, taps=self.tap_blocks)
         dtype = next(self.stem.parameters()).dtype
-        taps_SEG = [self._pooled_map(tap_of[b].to(dtype), batch, grid) for b in self.tap_blocks]
-        last_SEG = self._pooled_map(last_TE.to(dtype), batch, grid)
+        taps_SEG = [_pooled_map(tap_TE.to(dtype), batch, grid) for tap_TE in taps_TE]
+        last_SEG = _pooled_map(last_TE.to(dtype), batch, grid)
         volumes_V1XYZ = dense_volumes(batch)[:, None].to(dtype)
         skip_SFXYZ = max_over_contrasts(self.stem(volumes_V1XYZ), batch)
         logits: Tensor = self.decoder(taps_SEG, last_SEG, skip_SFXYZ)
         return logits
 
-    def _pooled_map(self, x_TE: Tensor, batch: PackedBatch, grid: tuple[int, int, int]) -> Tensor:
-        x_VLE = x_TE.view(batch.num_volumes, -1, x_TE.shape[-1])
-        return tokens_to_map(max_over_contrasts(x_VLE, batch), grid)
+    def load_pretrained(self, tensors: Mapping[str, Tensor]) -> TransferReport:
+        """See `Segmenter.load_pretrained`; tokenizer, blocks and norm are taken over whole."""
+        names = [name for name in self.state_dict() if name.startswith("encoder.")]
+        return take_tensors(self, tensors, {name: name for name in names})
+
+
+def _pooled_map(x_TE: Tensor, batch: PackedBatch, grid: tuple[int, int, int]) -> Tensor:
+    x_VLE = x_TE.view(batch.num_volumes, -1, x_TE.shape[-1])
+    return tokens_to_map(max_over_contrasts(x_VLE, batch), grid)
 
 
 def max_over_contrasts(x_V: Tensor, batch: PackedBatch) -> Tensor:

@@ -63,6 +63,18 @@ class SegmenterConfig:
         return self.regions or {"lesion": list(range(1, 256))}
 
 
+@dataclass(frozen=True)
+class TransferReport:
+    """Which tensors a pretrained model gave a segmenter."""
+
+    loaded: tuple[str, ...]
+    """Tensors of the segmenter that now hold pretrained values."""
+    fresh: tuple[str, ...]
+    """Tensors of the segmenter that keep their initialisation: the head."""
+    unused: tuple[str, ...]
+    """Pretrained tensors that have no place in the segmenter: the decoder."""
+
+
 class Segmenter(nn.Module):
     """What both heads are: an encoder, a decoder, and what inference needs to know of them.
 
@@ -89,6 +101,17 @@ class Segmenter(nn.Module):
 
         Raises:
             ValueError: the studies differ in grid, or patches were dropped.
+        """
+
+    @abstractmethod
+    def load_pretrained(self, tensors: Mapping[str, Tensor]) -> TransferReport:
+        """Take over the encoder of a pretrained model.
+
+        Args:
+            tensors: state dict of an `AMAE`, encoder names under `encoder.`.
+
+        Raises:
+            ValueError: a tensor of the encoder is missing or has another shape; nothing is loaded.
         """
 
 
@@ -118,6 +141,40 @@ def build_segmenter(config: SegmenterConfig, model: "AMAEConfig") -> Segmenter:
     from anycontrast.models.adaptive_unetr import AdaptiveUNETR
 
     return AdaptiveUNETR(config, model)
+
+
+def take_tensors(
+    target: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+) -> TransferReport:
+    """Copy tensors by name, all of them or none.
+
+    Args:
+        target: the segmenter.
+        tensors: the pretrained state dict.
+        names: segmenter name -> pretrained name of every tensor that must be taken over.
+
+    Raises:
+        ValueError: a pretrained tensor is missing or has another shape; nothing is copied.
+    """
+    own = target.state_dict()
+    missing = [source for source in names.values() if source not in tensors]
+    reshaped = [
+        f"{source} {tuple(tensors[source].shape)} for {tuple(own[name].shape)}"
+        for name, source in names.items()
+        if source in tensors and tensors[source].shape != own[name].shape
+    ]
+    if missing or reshaped:
+        raise ValueError(
+            "taking over pretrained weights: every tensor of the encoder must be there in its "
+            f"shape; missing {missing[:3]} ({len(missing)} in all), other shape {reshaped[:3]} "
+            f"({len(reshaped)} in all); use a checkpoint of the same model config"
+        )
+    target.load_state_dict({name: tensors[source] for name, source in names.items()}, strict=False)
+    return TransferReport(
+        loaded=tuple(names),
+        fresh=tuple(name for name in own if name not in names),
+        unused=tuple(name for name in tensors if name not in set(names.values())),
+    )
 
 
 def segmenter_model_config(config: SegmenterConfig, model: "AMAEConfig") -> dict[str, object]:
@@ -160,6 +217,35 @@ def parse_segmenter_model_config(
             }
         )
     return SegmenterConfig(**parts[0]), AMAEConfig(**parts[1])  # type: ignore[arg-type]
+
+
+def segmentation_loss(
+    logits_SRXYZ: Tensor, target_SRXYZ: Tensor, *, kind: Literal["dice", "dice_ce"]
+) -> Tensor:
+    """Return the loss of every study: soft Dice, optionally plus binary cross-entropy.
+
+    Both are averaged over regions. The cross-entropy is binary per region, because regions may
+    overlap; MONAI's `DiceCELoss` would take a softmax over regions here.
+
+    Args:
+        logits_SRXYZ: [S, R, X, Y, Z].
+        target_SRXYZ: same shape, zeros and ones.
+        kind: `dice`, or `dice_ce` for the sum of both.
+
+    Returns:
+        [S] float32, differentiable.
+    """
+    from monai.losses import DiceLoss
+
+    logits_SRXYZ = logits_SRXYZ.float()
+    dice_SR: Tensor = DiceLoss(sigmoid=True, reduction="none")(logits_SRXYZ, target_SRXYZ)
+    loss_S = dice_SR.flatten(1).mean(dim=1)
+    if kind == "dice_ce":
+        entropy = nn.functional.binary_cross_entropy_with_logits(
+            logits_SRXYZ, target_SRXYZ, reduction="none"
+        )
+        loss_S = loss_S + entropy.flatten(1).mean(dim=1)
+    return loss_S
 
 
 def region_targets(label_SXYZ: Tensor, regions: Mapping[str, list[int]]) -> Tensor:

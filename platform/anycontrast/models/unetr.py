@@ -11,21 +11,23 @@ patch, X Y Z voxels, G the three patch-grid axes.
 Source: Hatamizadeh et al., UNETR, arXiv 2103.10504; blocks from MONAI.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
+from anycontrast.models.amae import AMAEConfig
+from anycontrast.models.blocks import Runs, run_block
+from anycontrast.models.encoder import Encoder
+from anycontrast.models.positions import sincos_position
+from anycontrast.models.segmenter import Segmenter, SegmenterConfig, TransferReport, take_tensors
+from anycontrast.models.tokenizer import DynamicTokenizer
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_datasets.contrast import contrast_id
+from anycontrast_datasets.contrast import DESCRIPTOR_SIZE, contrast_id
 from anycontrast_kernels.patchify import intensity_map
-
-if TYPE_CHECKING:
-    from anycontrast.models.amae import AMAEConfig
-    from anycontrast.models.segmenter import SegmenterConfig
 
 Stride = tuple[int, int, int]
 NORM = "instance"
@@ -199,3 +201,146 @@ def tokens_to_map(x_SLE: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """[S, L, E] tokens in C order of the grid -> [S, E, gx, gy, gz] contiguous."""
     num_studies, _, width = x_SLE.shape
     return x_SLE.transpose(1, 2).reshape(num_studies, width, *grid)
+
+
+class UNETR(Segmenter):
+    """Stock UNETR: contrasts are channels in the configured order, zeros where a study lacks one.
+
+    A study's contrasts outside the configured order are not used; it must have one inside it.
+
+    Args:
+        config: channel order, regions and features.
+        model: config of the pretraining model whose blocks this is built around.
+    """
+
+    def __init__(self, config: SegmenterConfig, model: AMAEConfig) -> None:
+        super().__init__(config, model.patch_vox)
+        self.contrasts = tuple(config.contrasts)
+        self.tile_patch_embedding = config.tile_patch_embedding
+        self.shape = model.encoder_config()
+        encoder = Encoder(self.shape)
+        self.blocks = encoder.blocks
+        self.norm = encoder.norm
+        self.patch_embedding = nn.Conv3d(
+            len(self.contrasts), self.shape.width, model.patch_vox, stride=model.patch_vox
+        )
+        self.tap_blocks = tap_blocks(self.shape.depth, len(level_strides(model.patch_vox)))
+        self.stem = full_resolution_stem(len(self.contrasts), config.feature_size)
+        self.decoder = UNETRDecoder(
+            self.shape.width, model.patch_vox, config.feature_size, len(config.region_values)
+        )
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """See `Segmenter.forward`."""
+        grid = common_grid(batch)
+        image_SCXYZ = self.channels(batch).to(self.patch_embedding.weight.dtype)
+        taps_SLE, last_SLE = self._encode(image_SCXYZ, batch)
+        dtype = image_SCXYZ.dtype
+        taps_SEG = [tokens_to_map(x_SLE.to(dtype), grid) for x_SLE in taps_SLE]
+        last_SEG = tokens_to_map(last_SLE.to(dtype), grid)
+        logits: Tensor = self.decoder(taps_SEG, last_SEG, self.stem(image_SCXYZ))
+        return logits
+
+    def channels(self, batch: PackedBatch) -> Tensor:
+        """Stack the contrasts of every study: [S, C, X, Y, Z] float32, zeros for missing.
+
+        Raises:
+            ValueError: a study has none of the configured contrasts.
+        """
+        volumes_VXYZ = dense_volumes(batch)
+        places = [
+            (study, self.contrasts.index(name), volume)
+            for volume, (study, name) in enumerate(
+                (s, name) for s, names in enumerate(batch.contrasts) for name in names
+            )
+            if name in self.contrasts
+        ]
+        absent = set(range(batch.num_studies)) - {study for study, _, _ in places}
+        if absent:
+            study = min(absent)
+            raise ValueError(
+                f"segmenting study {batch.study_ids[study]}: the unetr head needs one of its "
+                f"channels {self.contrasts}, the study shows {batch.contrasts[study]}"
+            )
+        shape = (batch.num_studies, len(self.contrasts), *volumes_VXYZ.shape[1:])
+        image_SCXYZ = volumes_VXYZ.new_zeros(shape)
+        studies, channels, volumes = (list(column) for column in zip(*places, strict=True))
+        image_SCXYZ[studies, channels] = volumes_VXYZ[volumes]
+        return image_SCXYZ
+
+    def _encode(self, image_SCXYZ: Tensor, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+        x_SEG = self.patch_embedding(image_SCXYZ)
+        num_studies, width = x_SEG.shape[:2]
+        tokens_TE = x_SEG.flatten(2).transpose(1, 2).reshape(-1, width)
+        position_TE = sincos_position(
+            _study_positions(batch), width, patch_mm=self.shape.position_patch_mm
+        )
+        tokens_TE = tokens_TE + position_TE.to(tokens_TE.dtype)
+        num_patches = tokens_TE.shape[0] // num_studies
+        cu_seqlens = torch.arange(
+            0, tokens_TE.shape[0] + 1, num_patches, dtype=torch.int32, device=tokens_TE.device
+        )
+        runs = Runs(cu_seqlens, (num_patches,) * num_studies)
+        tapped: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            tokens_TE = run_block(block, tokens_TE, runs, recompute=self.shape.recompute)
+            if number in self.tap_blocks:
+                tapped[number] = tokens_TE
+        last_TE = self.norm(tokens_TE)
+        by_study = (num_studies, num_patches, width)
+        return [tapped[n].view(by_study) for n in self.tap_blocks], last_TE.view(by_study)
+
+    def load_pretrained(self, tensors: Mapping[str, Tensor]) -> TransferReport:
+        """See `Segmenter.load_pretrained`; blocks and norm, and the tiled tokenizer if asked."""
+        names = {n: f"encoder.{n}" for n in self.state_dict() if n.startswith(("blocks.", "norm."))}
+        report = take_tensors(self, tensors, names)
+        if not self.tile_patch_embedding:
+            return report
+        self._tile_tokenizer(tensors)
+        tiled = ("patch_embedding.weight", "patch_embedding.bias")
+        return TransferReport(
+            loaded=(*report.loaded, *tiled),
+            fresh=tuple(n for n in report.fresh if n not in tiled),
+            unused=tuple(n for n in report.unused if not n.startswith("encoder.tokenizer.")),
+        )
+
+    @torch.no_grad()
+    def _tile_tokenizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start as the mean over channels of what the tokenizer would make of each contrast."""
+        prefix = "encoder.tokenizer."
+        tokenizer = DynamicTokenizer(
+            self.patch_vox[0] * self.patch_vox[1] * self.patch_vox[2],
+            self.shape.width,
+            contrast_vector_size=self.shape.contrast_vector_size,
+            use_descriptor=self.shape.use_descriptor,
+            paper_exact=self.shape.paper_exact,
+        )
+        names = {name: f"{prefix}{name}" for name in tokenizer.state_dict()}
+        take_tensors(tokenizer, tensors, names)
+        kernels, shifts = zip(
+            *(_effective_kernel(tokenizer, contrast) for contrast in self.contrasts), strict=True
+        )
+        weight_ECP = torch.stack(kernels, dim=1) / len(self.contrasts)
+        self.patch_embedding.weight.copy_(weight_ECP.view_as(self.patch_embedding.weight))
+        assert self.patch_embedding.bias is not None
+        self.patch_embedding.bias.copy_(torch.stack(shifts).mean(dim=0))
+
+
+def _effective_kernel(tokenizer: DynamicTokenizer, contrast: str) -> tuple[Tensor, Tensor]:
+    """What the tokenizer does to one contrast, physics unknown: kernel [E, P] and shift [E]."""
+    num_voxels = tokenizer.projection.in_features
+    probe_NP = torch.cat([torch.zeros(1, num_voxels), torch.eye(num_voxels)])
+    tokens_NE = tokenizer(
+        probe_NP,
+        torch.zeros(num_voxels + 1, dtype=torch.int64),
+        torch.tensor([contrast_id(contrast)]),
+        torch.zeros(1, DESCRIPTOR_SIZE),
+    )
+    return (tokens_NE[1:] - tokens_NE[0]).T, tokens_NE[0]
+
+
+def _study_positions(batch: PackedBatch) -> Tensor:
+    """Patch centres of the first volume of every study, in mm: [S * L, 3] float32."""
+    first = [0, *accumulate(len(names) for names in batch.contrasts)][:-1]
+    position_VL3 = batch.position_mm_T3.view(batch.num_volumes, -1, 3)
+    return position_VL3[first].reshape(-1, 3)
