@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from anycontrast_datasets.study import Study, StudyArrays
+    from anycontrast_datasets.study import StudyArrays
     from anycontrast_datasets.volume import LoadedVolume
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,15 @@ def run_predict(release: Path, study_dir: Path, out: Path, config: PredictConfig
 
     from anycontrast.evaluation.inference import predict_study
     from anycontrast.models.segmenter import SegmenterConfig
+    from anycontrast_datasets.prepare import prepare_volumes
+    from anycontrast_datasets.sources.study_dir import scan_study_dir
+    from anycontrast_datasets.volume import read_volume
 
     model, facts = load_segmenter(release)
     device = config.device if config.device != "auto" else _default_device()
-    study, volumes, refused = read_study_dir(study_dir, config.table)
-    arrays = _prepare(study, volumes, facts)
+    found = scan_study_dir(study_dir, Path(config.table) if config.table else None)
+    volumes = {contrast: read_volume(path) for contrast, path in found.paths.items()}
+    arrays = prepare_volumes(found.study, volumes, None, prepare_config_of(facts))
     like = config.like or arrays.record.reference
     if like not in volumes:
         raise ReleaseError(
@@ -90,7 +94,9 @@ def run_predict(release: Path, study_dir: Path, out: Path, config: PredictConfig
     report = {
         "release": facts["name"],
         "contrasts_used": list(arrays.record.contrasts),
-        "refused": refused,
+        "refused": [
+            {"file": r.location, "code": r.code, "reason": r.reason} for r in found.refused
+        ],
         "geometry_of": like,
         "written": written,
     }
@@ -102,14 +108,6 @@ def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _prepare(
-    study: "Study", volumes: "dict[str, LoadedVolume]", facts: dict[str, Any]
-) -> "StudyArrays":
-    from anycontrast_datasets.prepare import prepare_volumes
-
-    return prepare_volumes(study, volumes, None, prepare_config_of(facts))
 
 
 def _write(
