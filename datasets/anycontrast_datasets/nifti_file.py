@@ -12,8 +12,8 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ _DEFLATE_LIMIT = 1032
 
 
 @contextmanager
-def open_stream(path: Path) -> Iterator[IO[bytes]]:
+def open_stream(path: Path) -> Iterator[BufferedIOBase]:
     """Open the uncompressed stream; turn every foreign error inside into a VolumeError."""
     _check_file(path)
     try:
@@ -82,7 +82,7 @@ def _check_file(path: Path) -> None:
         )
 
 
-def read_stream_header(stream: IO[bytes], path: Path, max_bytes: int) -> VolumeHeader:
+def read_stream_header(stream: BufferedIOBase, path: Path, max_bytes: int) -> VolumeHeader:
     """Read the header at the start of an opened stream; hold its size claim against the file."""
     header = parse_header(_read_up_to(stream, HEADER_BYTES), path, max_bytes=max_bytes)
     size, claim = path.stat().st_size, header.num_stream_bytes
@@ -107,7 +107,7 @@ def _refuse_length(path: Path, claim: int, found: str, code: str | None = None) 
     )
 
 
-def _read_up_to(stream: IO[bytes], num_bytes: int) -> bytes:
+def _read_up_to(stream: BufferedIOBase, num_bytes: int) -> bytes:
     """Read `num_bytes`, or fewer at the end of the stream only."""
     parts: list[bytes] = []
     while num_bytes > 0 and (part := stream.read(num_bytes)):
@@ -117,12 +117,12 @@ def _read_up_to(stream: IO[bytes], num_bytes: int) -> bytes:
 
 
 def read_stream_voxels(
-    stream: IO[bytes], header: VolumeHeader, path: Path
+    stream: BufferedIOBase, header: VolumeHeader, path: Path
 ) -> npt.NDArray[np.generic]:
     """Read the stream to its very end, so that gzip verifies the checksum of every byte."""
     stream.seek(header.data_offset)
     voxels = np.empty(header.num_data_bytes, dtype=np.uint8)
-    view = memoryview(voxels)
+    view = voxels.data
     filled = 0
     while filled < len(view) and (count := stream.readinto(view[filled:])):
         filled += count

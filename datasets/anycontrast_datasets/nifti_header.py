@@ -117,12 +117,7 @@ def parse_header(head: bytes, path: Path, *, max_bytes: int) -> VolumeHeader:
             nonfinite_affine, singular_affine, spacing_out_of_range, unsupported_format.
     """
     version, order = _version(head, path)
-    values = {
-        name: struct.unpack_from(
-            order + (row[1] if version == 1 else row[3]), head, row[0 if version == 1 else 2]
-        )
-        for name, row in _FIELDS.items()
-    }
+    values = _unpack(head, version, order)
     shape = _shape(values, path)
     dtype, itemsize = _dtype(values, order, path)
     num_voxels = math.prod(shape)
@@ -150,6 +145,14 @@ def parse_header(head: bytes, path: Path, *, max_bytes: int) -> VolumeHeader:
         num_data_bytes=num_voxels * itemsize,
         flags=flags,
     )
+
+
+def _unpack(head: bytes, version: int, order: str) -> Values:
+    values: Values = {}
+    for name, (place_1, format_1, place_2, format_2) in _FIELDS.items():
+        place, form = (place_1, format_1) if version == 1 else (place_2, format_2)
+        values[name] = struct.unpack_from(order + form, head, place)
+    return values
 
 
 def _version(head: bytes, path: Path) -> tuple[int, str]:

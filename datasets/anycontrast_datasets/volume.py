@@ -18,12 +18,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from anycontrast_datasets.nifti_file import open_stream, read_stream_header, read_stream_voxels
 from anycontrast_datasets.nifti_header import (
@@ -48,6 +47,11 @@ __all__ = [
 DEFAULT_MAX_BYTES = 2 * 2**30
 _WRITABLE = ("float32", "int16", "uint8")
 T = TypeVar("T", bound=np.generic)
+
+# nibabel ships types, but these parts of it are not annotated.
+_orientations: Any = nib.orientations
+_Header: Any = nib.Nifti1Header
+
 _RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 
@@ -108,10 +112,10 @@ def read_volume(
         header = read_stream_header(stream, path, max_bytes)
         _check_kind(header, path)
         stored = read_stream_voxels(stream, header, path)
-    ornt = io_orientation(header.affine)
-    array = _to_float32(apply_orientation(stored, ornt), header)
+    ornt = _orientations.io_orientation(header.affine)
+    array = _to_float32(_orientations.apply_orientation(stored, ornt), header)
     flags = header.flags + _check_voxels(array, header, path, allow_constant=allow_constant)
-    affine = header.affine @ inv_ornt_aff(ornt, header.shape)
+    affine = header.affine @ _orientations.inv_ornt_aff(ornt, header.shape)
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
     i, j, k = header.shape
     return LoadedVolume(
@@ -219,8 +223,8 @@ def to_source_grid(array_ras: npt.NDArray[T], loaded: LoadedVolume) -> npt.NDArr
             f"returning to the source grid: array_ras must have shape {loaded.array.shape} like "
             f"the loaded volume, got {array_ras.shape}"
         )
-    back = ornt_transform(_RAS, io_orientation(loaded.source_affine))
-    return np.ascontiguousarray(apply_orientation(array_ras, back))
+    back = _orientations.ornt_transform(_RAS, _orientations.io_orientation(loaded.source_affine))
+    return np.ascontiguousarray(_orientations.apply_orientation(array_ras, back))
 
 
 def write_volume(path: Path, array: npt.NDArray[np.generic], affine: npt.ArrayLike) -> None:
@@ -238,7 +242,7 @@ def write_volume(path: Path, array: npt.NDArray[np.generic], affine: npt.ArrayLi
     """
     matrix = np.asarray(affine, dtype=np.float64)
     _check_writable(path, array, matrix)
-    header = nib.Nifti1Header(endianness="<")
+    header = _Header(endianness="<")
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
     header.set_qform(matrix, code=1)

@@ -1,0 +1,194 @@
+"""What a picture itself says about its contrast and content: cheap, deterministic tests.
+
+In: a volume on RAS+ axes and the contrast it is said to be. Out: flags, and a contrast where the
+picture contradicts or confirms the name. About 0.05 s a volume, on a 3 mm copy.
+
+The tests are built to stay silent when in doubt. They know: T2w or FLAIR, by the brightness of
+cerebrospinal fluid deep in the head (only asked of a volume that is said to be one of the two);
+a field of view that holds no brain; a uniform round test object; a computed tomography (uniform
+soft tissue in a brighter shell, relative to air). They do not know: T1w from T1wCE, body parts of
+a large field of view, a windowed computed tomography without its air level.
+
+Thresholds: set on the shared real volumes, with the nearest real value of either side beside each.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+_WORK_SPACING_MM = 3.0
+_SMALL_FIELD_MM = 100.0
+"""Two axes below this hold no brain; smallest real head 120 mm, largest crop 60 mm."""
+_THIN_FIELD_MM = 40.0
+"""One axis below this holds no brain; smallest real slab 90 mm."""
+
+_CSF_BRIGHT = 0.9
+"""95th percentile over median, minus 1, deep in the head: T2w 1.43-2.08, FLAIR 0.23-0.34."""
+_CSF_BRIGHT_FLAIR = 0.5
+_CSF_DARK_FLAIR = 0.35
+"""1 minus 5th percentile over median: FLAIR 0.50-0.87."""
+_DEPTH_BELOW_TOP_MM = 60.0
+_CENTRAL_HALF_AXES_MM = (25.0, 45.0, 20.0)
+"""An ellipsoid about the lateral ventricles, with white matter around them."""
+_MIN_CENTRAL_VOXELS = 200
+
+_UNIFORM_IQR = 0.10
+"""Interquartile range over median of the core: test object 0.05, brains 0.14-0.94."""
+_ROUND_RATIO = 0.94
+"""Width over length in the axial plane: test object 0.98, heads 0.74-0.88."""
+_CT_SPREAD = 0.20
+"""5th to 95th percentile over median of the core, air = 0: CT 0.11, brains 0.54-2.74."""
+_CT_SHELL = 1.2
+"""95th percentile of the shell over the median of the core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appearance:
+    """What the picture says."""
+
+    flags: tuple[str, ...] = ()
+    """Of `field_of_view_small`, `not_a_brain`, `ct_like`."""
+    contrast: str | None = None
+    """T2w or FLAIR when the test was asked and sure, None otherwise. A T1w that is said to be T2w
+    looks like a FLAIR to this test: its evidence is dark fluid, nothing more."""
+    evidence: tuple[str, ...] = ()
+    """One clause with the numbers per flag and contrast."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A 3 mm copy with the object in it."""
+
+    array: FloatArray
+    spacing_mm: npt.NDArray[np.float64]
+    inside: BoolArray
+    extent_mm: npt.NDArray[np.float64]
+    depth_mm: npt.NDArray[np.float64]
+    """Distance to the surface of the object, 0 outside."""
+    air: float
+
+
+def check_appearance(
+    array: FloatArray,
+    affine: npt.NDArray[np.float64],
+    spacing_mm: tuple[float, float, float],
+    contrast: str | None,
+) -> Appearance:
+    """Test a picture.
+
+    Args:
+        array: [X, Y, Z] finite, RAS+ axes, as `read_volume` gives it.
+        affine: [4, 4] index -> RAS+ mm; only its axes matter, the origin of a file may be anywhere.
+        spacing_mm: along the axes of `array`.
+        contrast: vocabulary name that the volume is said to be, None when nobody says.
+    """
+    field_mm = np.array(array.shape) * np.array(spacing_mm)
+    if np.sum(field_mm < _SMALL_FIELD_MM) >= 2 or field_mm.min() < _THIN_FIELD_MM:
+        sizes = " x ".join(f"{size:.0f}" for size in field_mm)
+        clause = f"picture: field of view {sizes} mm holds no brain"
+        return Appearance(flags=("field_of_view_small",), evidence=(clause,))
+    head = _find_head(array, np.array(spacing_mm))
+    if head is None:
+        return Appearance()
+    flags, evidence = _test_uniformity(head, field_mm)
+    if flags or contrast not in ("T2w", "FLAIR"):
+        return Appearance(flags=flags, evidence=evidence)
+    seen, clauses = _test_csf(head)
+    return Appearance(contrast=seen, evidence=clauses)
+
+
+def _downsample(
+    array: FloatArray, spacing_mm: npt.NDArray[np.float64]
+) -> tuple[FloatArray, npt.NDArray[np.float64]]:
+    """Average whole blocks of voxels; an incomplete block at the far end is left out."""
+    factors = np.maximum(1, np.round(_WORK_SPACING_MM / spacing_mm)).astype(int)
+    counts = [n // k for n, k in zip(array.shape, factors, strict=True)]
+    kept = array[tuple(slice(0, n * k) for n, k in zip(counts, factors, strict=True))]
+    blocks = [size for pair in zip(counts, factors, strict=True) for size in pair]
+    small = kept.reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
+    return cast(FloatArray, small), spacing_mm * factors
+
+
+def _find_head(array: FloatArray, spacing_mm: npt.NDArray[np.float64]) -> _Head | None:
+    """Return the largest connected object, holes filled slice by slice; None if there is none."""
+    small, spacing = _downsample(array, spacing_mm)
+    air = float(np.percentile(small, 1))
+    signal = small[small > air + 0.05 * (float(np.percentile(small, 99)) - air)]
+    if signal.size == 0:
+        return None
+    level = air + 0.15 * (float(np.percentile(signal, 95)) - air)
+    labels, count = ndimage.label(small > level)
+    if count == 0:
+        return None
+    inside = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    for z in range(inside.shape[2]):
+        inside[:, :, z] = ndimage.binary_fill_holes(inside[:, :, z])
+    places = np.argwhere(inside)
+    extent = (places.max(axis=0) - places.min(axis=0) + 1) * spacing
+    padded = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=spacing)
+    return _Head(small, spacing, inside, extent, padded[1:-1, 1:-1, 1:-1], air)
+
+
+def _test_uniformity(
+    head: _Head, field_mm: npt.NDArray[np.float64]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    deepest = float(head.depth_mm.max())
+    core = head.array[head.depth_mm > 0.6 * deepest] - head.air
+    shell = head.array[(head.depth_mm > 0) & (head.depth_mm < 0.3 * deepest)] - head.air
+    low, q1, middle, q3, high = (float(q) for q in np.percentile(core, [5, 25, 50, 75, 95]))
+    if middle <= 0 or shell.size == 0 or np.any(head.extent_mm[:2] < _SMALL_FIELD_MM):
+        return (), ()
+    spread, bright = (high - low) / middle, float(np.percentile(shell, 95)) / middle
+    if spread < _CT_SPREAD and bright > _CT_SHELL:
+        clause = (
+            f"picture: uniform core (spread {spread:.2f}) in a shell {bright:.1f} times brighter"
+        )
+        return ("ct_like",), (clause,)
+    width, length = np.sort(head.extent_mm[:2])
+    fills_field = bool(np.all(head.extent_mm[:2] > 0.97 * field_mm[:2]))
+    if (q3 - q1) / middle < _UNIFORM_IQR and width / length > _ROUND_RATIO and not fills_field:
+        clause = (
+            f"picture: uniform (interquartile {(q3 - q1) / middle:.2f} of the median) and round "
+            f"(width/length {width / length:.2f}), like a test object"
+        )
+        return ("not_a_brain",), (clause,)
+    return (), ()
+
+
+def _test_csf(head: _Head) -> tuple[str | None, tuple[str, ...]]:
+    """Tell T2w from FLAIR by the bright and the dark tail around the ventricles."""
+    central = _central_voxels(head)
+    if central.size < _MIN_CENTRAL_VOXELS or np.median(central) <= 0:
+        return None, ()
+    low, middle, high = (float(q) for q in np.percentile(central, [5, 50, 95]))
+    bright, dark = high / middle - 1, 1 - low / middle
+    numbers = f"deep bright tail {bright:.2f}, dark tail {dark:.2f}"
+    if bright > _CSF_BRIGHT and bright > 1.5 * dark:
+        return "T2w", (f"picture: fluid brighter than brain as in T2w ({numbers})",)
+    if bright < _CSF_BRIGHT_FLAIR and dark > _CSF_DARK_FLAIR:
+        return "FLAIR", (f"picture: fluid darker than brain as in FLAIR ({numbers})",)
+    return None, ()
+
+
+def _central_voxels(head: _Head) -> FloatArray:
+    """Return the voxels about the ventricles, 60 mm below the top of the head, minus air."""
+    top = int(np.argwhere(head.inside.any(axis=(0, 1))).max())
+    heights = (np.arange(head.inside.shape[2]) - top) * head.spacing_mm[2] + _DEPTH_BELOW_TOP_MM
+    slab = head.inside[:, :, np.abs(heights) <= 15.0]
+    if not slab.any():
+        return np.empty(0, dtype=np.float32)
+    centre = np.argwhere(slab).mean(axis=0)
+    distances = [
+        (np.arange(head.inside.shape[0]) - centre[0]) * head.spacing_mm[0],
+        (np.arange(head.inside.shape[1]) - centre[1]) * head.spacing_mm[1],
+        heights,
+    ]
+    x, y, z = (d / a for d, a in zip(distances, _CENTRAL_HALF_AXES_MM, strict=True))
+    near = x[:, None, None] ** 2 + y[None, :, None] ** 2 + z[None, None, :] ** 2 < 1
+    return cast(FloatArray, head.array[near] - np.float32(head.air))
