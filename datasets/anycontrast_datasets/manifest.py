@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +20,21 @@ import pyarrow.parquet as pq
 from anycontrast_datasets.contrast import ContrastDescriptor
 from anycontrast_datasets.ledger import write_atomically
 from anycontrast_datasets.pseudonym import STUDY_ID
-from anycontrast_datasets.study import Affine, Label, ManifestError, Study, StudyError, Volume
+from anycontrast_datasets.study import Affine, Label, ManifestError, Study, Volume
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.parquet"
 SOURCES_NAME = "private/sources.parquet"
 LABEL_KEY = "label"
 
+_Number = TypeVar("_Number", int, float)
 _VERSION_KEY = b"anycontrast.schema_version"
 _FINGERPRINT_KEY = b"anycontrast.fingerprint"
 
 _text = pa.string()
-_shape = pa.list_(pa.int32(), 3)
-_affine = pa.list_(pa.float64(), 16)
+# Plain lists: a fixed-size list inside a null struct (a study without label) cannot be read back.
+_shape = pa.list_(pa.int32())
+_affine = pa.list_(pa.float64())
 _descriptor = pa.struct(
     [
         pa.field("family", _text),
@@ -49,7 +51,7 @@ _volume = pa.struct(
     [
         pa.field("contrast", _text, nullable=False),
         pa.field("shape", _shape, nullable=False),
-        pa.field("spacing_mm", pa.list_(pa.float64(), 3), nullable=False),
+        pa.field("spacing_mm", pa.list_(pa.float64()), nullable=False),
         pa.field("affine", _affine, nullable=False),
         pa.field("descriptor", _descriptor, nullable=False),
         pa.field("flags", pa.list_(_text), nullable=False),
@@ -111,8 +113,8 @@ def read_manifest(path: Path) -> list[Study]:
     for number, row in enumerate(rows):
         try:
             studies.append(_study(row))
-        except StudyError as error:
-            raise ManifestError(f"reading {path}, row {number}: {error}") from error
+        except ValueError as error:
+            raise ManifestError(f"reading {path}, row {number}: {error}; scan again") from error
     return studies
 
 
@@ -201,8 +203,8 @@ def _study(row: Mapping[str, Any]) -> Study:
             Volume(
                 contrast=volume["contrast"],
                 location="",
-                shape=tuple(volume["shape"]),
-                spacing_mm=tuple(volume["spacing_mm"]),
+                shape=_triple(volume["shape"]),
+                spacing_mm=_triple(volume["spacing_mm"]),
                 affine=affine_rows(np.asarray(volume["affine"])),
                 descriptor=ContrastDescriptor(**volume["descriptor"]),
                 flags=tuple(volume["flags"]),
@@ -215,12 +217,17 @@ def _study(row: Mapping[str, Any]) -> Study:
         if label is None
         else Label(
             location="",
-            shape=tuple(label["shape"]),
+            shape=_triple(label["shape"]),
             affine=affine_rows(np.asarray(label["affine"])),
             grid_of=label["grid_of"],
             sha256=label["sha256"],
         ),
     )
+
+
+def _triple(values: Sequence[_Number]) -> tuple[_Number, _Number, _Number]:
+    i, j, k = values
+    return i, j, k
 
 
 def affine_rows(affine: np.typing.ArrayLike) -> Affine:

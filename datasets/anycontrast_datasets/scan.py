@@ -47,8 +47,9 @@ class ScanConfig:
     """Folder to scan; None only for `phantom`, which then writes beside the manifest folder."""
     table: str | None = None
     """CSV or TSV with columns file, subject, session, contrast, label; None unless `folder`."""
-    dataset: str = "phantom"
-    """Name of the collection; goes into the manifest, so it must not identify anyone."""
+    dataset: str = ""
+    """Name of the collection; blank takes the name of the source. It goes into the manifest, so it
+    must not identify anyone."""
     contrasts: list[str] = field(default_factory=list)
     """Vocabulary names to keep; empty keeps all."""
     unknown_contrast: Literal["refuse", "keep"] = "refuse"
@@ -68,11 +69,14 @@ class ScanConfig:
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     """Only for `phantom`."""
 
+    @property
+    def dataset_name(self) -> str:
+        """What the manifest calls the collection."""
+        return self.dataset or self.source
+
     def __post_init__(self) -> None:
         for name in self.contrasts:
             contrast_id(name)
-        if not self.dataset:
-            raise ValueError("scan.dataset must not be blank; give the collection a name")
         if min(self.split_fractions) < 0 or abs(sum(self.split_fractions) - 1) > 1e-6:
             raise ValueError(
                 f"scan.split_fractions must be >= 0 and sum to 1, got {self.split_fractions}"
@@ -203,7 +207,7 @@ def _source(
     from anycontrast_datasets.sources import bids, brats, folder, phantom
 
     options = SourceOptions(
-        dataset=config.dataset,
+        dataset=config.dataset_name,
         naming=_naming(config, private),
         contrasts=tuple(config.contrasts),
         unknown_contrast=config.unknown_contrast,
@@ -218,17 +222,20 @@ def _source(
     if config.source == "brats":
         return brats.scan(root, options)
     if config.source == "phantom":
-        phantom.write_phantom(root, config.phantom, on_progress=on_progress)
+        phantom.write_phantom(
+            root, config.phantom, num_threads=config.num_threads, on_progress=on_progress
+        )
+        return phantom.scan(root, options)
     return bids.scan(root, options)
 
 
 def _naming(config: ScanConfig, private: Path) -> Naming:
-    split = SplitRule(config.dataset, config.split_salt, config.split_fractions)
+    split = SplitRule(config.dataset_name, config.split_salt, config.split_fractions)
     if config.source == "phantom":
-        return PlainNaming(config.dataset, split)
+        return PlainNaming(config.dataset_name, split)
     given = config.pseudonym_key_file
     key = load_key(Path(given).expanduser() if given else None, private / KEY_NAME)
-    return PseudonymNaming(key, config.dataset, split)
+    return PseudonymNaming(key, config.dataset_name, split)
 
 
 def _write(studies: Sequence[Study], summary: ScanSummary, root: Path, out_dir: Path) -> None:

@@ -60,8 +60,6 @@ def inspect(root: Path, claim: FileClaim, options: SourceOptions) -> Inspected |
     study_id = options.naming(claim.subject, claim.session).study_id
     if refusal := refuse_format(claim.location, study_id):
         return refusal
-    if not claim.is_label and (refusal := _refuse_reading(claim, options, study_id)):
-        return refusal
     path = root / claim.location
     try:
         # A label of one value is an empty label, which a healthy study may have.
@@ -75,6 +73,8 @@ def inspect(root: Path, claim: FileClaim, options: SourceOptions) -> Inspected |
         return refuse(claim.location, "unreadable_file", reason, study_id=study_id)
     if claim.is_label:
         return _label(claim, loaded, sha256, study_id)
+    if refusal := _refuse_reading(claim, options, study_id):
+        return refusal
     return _volume(path, claim, loaded, sha256, options, study_id)
 
 
