@@ -95,9 +95,9 @@ def loop_attention(
     """One call of `scaled_dot_product_attention` per sequence; arguments as `varlen_attention`."""
     outputs = []
     for q_LHD, k_LHD, v_LHD in zip(
-        q_THD.split(list(lengths_q)),
-        k_THD.split(list(lengths_k)),
-        v_THD.split(list(lengths_k)),
+        torch.split(q_THD, list(lengths_q)),
+        torch.split(k_THD, list(lengths_k)),
+        torch.split(v_THD, list(lengths_k)),
         strict=True,
     ):
         if q_LHD.shape[0] == 0:
@@ -127,7 +127,6 @@ def torch_attention(
 
     if q_THD.shape[0] == 0 or k_THD.shape[0] == 0:
         return torch.zeros_like(q_THD)
-    options = {} if scale is None else {"scale": scale}
     out = varlen_attn(
         q_THD,
         k_THD,
@@ -136,7 +135,7 @@ def torch_attention(
         cu_seqlens_k,
         rounded_length(max(lengths_q)),
         rounded_length(max(lengths_k)),
-        **options,
+        scale=scale,
     )
     assert isinstance(out, Tensor)
     return out

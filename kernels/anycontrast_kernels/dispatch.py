@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -131,15 +132,6 @@ def choose(
 
 def probe_error(run: AttentionFunction, situation: Situation) -> float:
     """Largest difference of output and gradients to the float32 definition on a small case."""
-    generator = torch.Generator().manual_seed(0)
-    shape_q = (sum(PROBE_LENGTHS_Q), 2, situation.head_dim)
-    shape_k = (sum(PROBE_LENGTHS_K), 2, situation.head_dim)
-    drawn = [torch.randn(s, generator=generator) for s in (shape_q, shape_k, shape_k, shape_q)]
-    q, k, v, grad = (x.to(situation.device, situation.dtype) for x in drawn)
-    cu_q, cu_k = (
-        torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32).to(q.device)
-        for n in (PROBE_LENGTHS_Q, PROBE_LENGTHS_K)
-    )
     # Identity hooks keep an enclosing activation checkpoint from counting what is saved here.
     with (
         torch.inference_mode(False),
@@ -147,15 +139,33 @@ def probe_error(run: AttentionFunction, situation: Situation) -> float:
         torch.autocast(situation.device.type, enabled=False),
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        oracle_inputs = [x.detach().float().requires_grad_() for x in (q, k, v)]
-        lengths = {"lengths_q": PROBE_LENGTHS_Q, "lengths_k": PROBE_LENGTHS_K}
-        out = run(*inputs, cu_q, cu_k, scale=None, **lengths)
-        oracle = reference.attention(*oracle_inputs, scale=None, **lengths)
-        found = [out, *torch.autograd.grad(out, inputs, grad)]
-        expected = [oracle, *torch.autograd.grad(oracle, oracle_inputs, grad.float())]
+        q, k, v, grad = _probe_inputs(situation)
+        cu_q, cu_k = (
+            torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=situation.device)
+            for n in (PROBE_LENGTHS_Q, PROBE_LENGTHS_K)
+        )
+        # q.float() is q itself where q is float32 already, hence the copies.
+        a, b, c = (x.clone().float().requires_grad_() for x in (q, k, v))
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        lengths_q, lengths_k = PROBE_LENGTHS_Q, PROBE_LENGTHS_K
+        out = run(q, k, v, cu_q, cu_k, lengths_q=lengths_q, lengths_k=lengths_k, scale=None)
+        oracle = reference.attention(a, b, c, lengths_q=lengths_q, lengths_k=lengths_k)
+        found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+        expected = [oracle, *torch.autograd.grad(oracle, (a, b, c), grad.float())]
         pairs = zip(found, expected, strict=True)
-        return max(float((a.detach().float() - b.detach()).abs().max()) for a, b in pairs)
+        differences = torch.stack([(x.float() - y).abs().max() for x, y in pairs])
+        return float(differences.detach().max())
+
+
+def _probe_inputs(situation: Situation) -> list[Tensor]:
+    """Query, key, value and output gradient; drawn without touching the global generator."""
+    generator = torch.Generator().manual_seed(0)
+    shape_q = (sum(PROBE_LENGTHS_Q), 2, situation.head_dim)
+    shape_k = (sum(PROBE_LENGTHS_K), 2, situation.head_dim)
+    return [
+        torch.randn(shape, generator=generator).to(situation.device, situation.dtype)
+        for shape in (shape_q, shape_k, shape_k, shape_q)
+    ]
 
 
 def _probe_failure(run: AttentionFunction, situation: Situation) -> str | None:

@@ -45,9 +45,9 @@ def attention(
     factor = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else scale
     outputs = []
     for q_LHD, k_LHD, v_LHD in zip(
-        q_THD.float().split(list(lengths_q)),
-        k_THD.float().split(list(lengths_k)),
-        v_THD.float().split(list(lengths_k)),
+        torch.split(q_THD.float(), list(lengths_q)),
+        torch.split(k_THD.float(), list(lengths_k)),
+        torch.split(v_THD.float(), list(lengths_k)),
         strict=True,
     ):
         if k_LHD.shape[0] == 0:
@@ -69,7 +69,7 @@ def intensity_map(codes_TP: Tensor, volume_T: Tensor, intensity_V4: Tensor) -> T
     Returns:
         [T, P] float32.
     """
-    gain_T1, bias_T1, low_T1, high_T1 = intensity_V4.index_select(0, volume_T).split(1, dim=1)
+    gain_T1, bias_T1, low_T1, high_T1 = intensity_V4.index_select(0, volume_T).chunk(4, dim=1)
     return torch.clamp(torch.addcmul(bias_T1, codes_TP.float(), gain_T1), low_T1, high_T1)
 
 

@@ -98,7 +98,8 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, runs: Runs) -> Tensor:
         """[T, D] -> [T, D]."""
         x_TD = x_TD + self.attention(self.norm1(x_TD), runs)
-        return x_TD + self.mlp(self.norm2(x_TD))
+        x_TD = x_TD + self.mlp(self.norm2(x_TD))
+        return x_TD
 
 
 class CrossBlock(nn.Module):
@@ -114,7 +115,8 @@ class CrossBlock(nn.Module):
     def forward(self, x_MD: Tensor, memory_ND: Tensor, runs: Runs, memory_runs: Runs) -> Tensor:
         """[M, D] queries, [N, D] normed memory -> [M, D]."""
         x_MD = x_MD + self.attention(self.norm1(x_MD), memory_ND, runs, memory_runs)
-        return x_MD + self.mlp(self.norm2(x_MD))
+        x_MD = x_MD + self.mlp(self.norm2(x_MD))
+        return x_MD
 
 
 def run_block(block: nn.Module, *inputs: object, recompute: bool) -> Tensor:

@@ -10,7 +10,7 @@ Letters: T tokens, N visible, M predicted, S studies, V volumes, L tokens of one
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -87,12 +87,19 @@ class MaskedPack:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MaskedPack":
         """Return the pack with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), (Tensor, PackedBatch))
-        }
-        return replace(self, **moved)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            batch=self.batch.to(device, non_blocking=non_blocking),
+            hidden_T=moved(self.hidden_T),
+            visible_index_N=moved(self.visible_index_N),
+            target_index_M=moved(self.target_index_M),
+            cu_visible=moved(self.cu_visible),
+            cu_target=moved(self.cu_target),
+        )
 
 
 def mask_batch(batch: PackedBatch, config: MaskingConfig, seed: int) -> MaskedPack:
