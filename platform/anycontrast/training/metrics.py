@@ -1,0 +1,155 @@
+"""Numbers of a run: summed over packs and ranks, one JSON line per logged step, and TensorBoard.
+
+Keys of `metrics.jsonl`: `step`, `epoch`, `time_s`, `loss`, `loss/contrast/<name>`,
+`loss/set/<names joined by +>`, `lr`, `grad_norm`, `skipped_steps`, `tokens_per_s`,
+`studies_per_s`, `data_wait_s` (mean per step, of the slowest rank), `memory_bytes` (peak, of the
+fullest rank), and whatever a validation returned.
+"""
+
+import json
+import math
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anycontrast.training.process_group import gather_objects
+from anycontrast.training.task import Micro, Parts
+
+
+class Meter:
+    """Sums of this rank since the last log line; `flush` makes them the run's."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums = {}
+        self._tokens = 0
+        self._studies = 0
+        self._wait_s = 0.0
+        self._steps = 0
+        self._start_s = time.perf_counter()
+
+    def add_step(
+        self, micros: list[Micro], parts: list[Parts], *, data_wait_s: float, is_applied: bool
+    ) -> None:
+        """Count one step; the losses of a skipped step are left out."""
+        self._steps += 1
+        self._wait_s += data_wait_s
+        self._tokens += sum(micro.num_tokens for micro in micros)
+        self._studies += sum(len(micro.study_ids) for micro in micros)
+        for name, (total, count) in (item for p in parts for item in p.items()):
+            if is_applied:
+                before, counted = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = (before + total.double(), counted + count.double())
+
+    def flush(self) -> dict[str, float]:
+        """Return the values over all ranks and start anew; every rank must call it."""
+        own = {
+            "sums": {name: (float(a), float(b)) for name, (a, b) in self._sums.items()},
+            "tokens": self._tokens,
+            "studies": self._studies,
+            "wait_s": self._wait_s / max(self._steps, 1),
+            "elapsed_s": time.perf_counter() - self._start_s,
+            "memory_bytes": peak_memory_bytes(),
+        }
+        self._restart()
+        return _combine(gather_objects(own))
+
+
+def _combine(ranks: list[dict[str, Any]]) -> dict[str, float]:
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for one in ranks:
+        for name, (total, count) in one["sums"].items():
+            sums[name][0] += total
+            sums[name][1] += count
+    elapsed_s = max(max(one["elapsed_s"] for one in ranks), 1e-9)
+    return {
+        **{name: total / count for name, (total, count) in sorted(sums.items()) if count > 0},
+        "tokens_per_s": sum(one["tokens"] for one in ranks) / elapsed_s,
+        "studies_per_s": sum(one["studies"] for one in ranks) / elapsed_s,
+        "data_wait_s": max(one["wait_s"] for one in ranks),
+        "memory_bytes": max(one["memory_bytes"] for one in ranks),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this rank: allocated on its GPU, or resident on the host."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsWriter:
+    """`metrics.jsonl` and TensorBoard of one run; written by rank 0 only.
+
+    Args:
+        folder: the run folder.
+        start_step: steps already done; later lines, left by a run that died after its newest
+            checkpoint, are dropped, so each step is logged once.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        _drop_after(self.path, start_step)
+        self._lines = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one object; a value that is not finite is written as null."""
+        clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = json.dumps({"step": step, "time_s": round(time.time(), 3), **clean})
+        self._lines.write(line + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._lines.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a `metrics.jsonl`; a last line cut by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
