@@ -8,7 +8,7 @@ centre of the whole stored box, so the encoder sees the positions it was trained
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anycontrast.models.segmenter import Segmenter
 from anycontrast_datasets.augment import StudyView
+from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.study import StudyArrays, StudyError
 
@@ -40,7 +41,7 @@ def predict_study(
     """Return the probability of every region in every voxel of the stored box.
 
     Args:
-        model: the segmenter; used in eval mode, its mode restored.
+        model: the segmenter, on `device`; used in eval mode, its mode restored.
         arrays: the study, whole stored box.
         window_vox: window, whole patches along every axis; None takes the model's own.
         contrasts: contrasts shown to the model; None shows all the study has.
@@ -56,43 +57,82 @@ def predict_study(
         StudyError: the study lacks one of `contrasts`.
         ValueError: the window is not whole patches, or `overlap` is out of range.
     """
-    window_vox = window_vox or model.window_vox
-    patch_vox = model.patch_vox
+    was_training = model.training
+    model.eval()
+    try:
+        return sliding_window(
+            model,
+            with_contrasts(arrays, contrasts),
+            patch_vox=model.patch_vox,
+            window_vox=window_vox or model.window_vox,
+            overlap=overlap,
+            blending=blending,
+            windows_per_batch=windows_per_batch,
+            device=device,
+        )
+    finally:
+        model.train(was_training)
+
+
+def sliding_window(
+    forward: Callable[[PackedBatch], Tensor],
+    arrays: StudyArrays,
+    *,
+    patch_vox: Triple,
+    window_vox: Triple,
+    overlap: float = 0.5,
+    blending: Blending = "gaussian",
+    windows_per_batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> npt.NDArray[np.float32]:
+    """Run `forward` on every window and blend; see `predict_study` for what is not said here.
+
+    Args:
+        forward: a batch of windows to logits [S, R, X, Y, Z], e.g. a model inside a training
+            engine; called without gradients.
+        arrays: the study, whole stored box, with the contrasts to show.
+        patch_vox: voxels per patch.
+        window_vox: window, whole patches along every axis.
+        overlap: share of a window that its neighbour covers too.
+        blending: weights inside a window.
+        windows_per_batch: windows packed together.
+        device: where to pack the windows to.
+
+    Raises:
+        ValueError: the window is not whole patches, or `overlap` is out of range.
+    """
+    _check_window(patch_vox, window_vox, overlap)
+    padded, before = _padding(arrays.record.shape, window_vox)
+    weight_XYZ = _window_weight(window_vox, blending).to(device)
+    total_RXYZ: Tensor | None = None
+    weights_XYZ = torch.zeros(padded, device=device)
+    origins = window_origins(arrays.record.shape, window_vox, overlap)
+    for start in range(0, len(origins), windows_per_batch):
+        some = origins[start : start + windows_per_batch]
+        views = [window_view(arrays, origin, window_vox) for origin in some]
+        batch = pack_studies(views, patch_vox, epochs=[0] * len(views), drop_empty=False)
+        with torch.no_grad():
+            probability_SRXYZ = torch.sigmoid(forward(batch.to(device)))
+        if total_RXYZ is None:
+            total_RXYZ = torch.zeros((probability_SRXYZ.shape[1], *padded), device=device)
+        for origin, probability_RXYZ in zip(some, probability_SRXYZ, strict=True):
+            place = _slices([o + b for o, b in zip(origin, before, strict=True)], window_vox)
+            total_RXYZ[(slice(None), *place)] += probability_RXYZ * weight_XYZ
+            weights_XYZ[place] += weight_XYZ
+    assert total_RXYZ is not None, "a box has at least one window"
+    blended_RXYZ = total_RXYZ / weights_XYZ
+    inside = blended_RXYZ[(slice(None), *_slices(before, arrays.record.shape))]
+    result: npt.NDArray[np.float32] = inside.clamp(0.0, 1.0).cpu().numpy()
+    return np.ascontiguousarray(result)
+
+
+def _check_window(patch_vox: Triple, window_vox: Triple, overlap: float) -> None:
     if any(w % p for w, p in zip(window_vox, patch_vox, strict=True)):
         raise ValueError(
             f"predicting a study: window_vox must be whole patches of {patch_vox}, got {window_vox}"
         )
     if not 0 <= overlap < 1:
         raise ValueError(f"predicting a study: overlap must be in 0 <= overlap < 1, got {overlap}")
-    shown = with_contrasts(arrays, contrasts)
-    shape = shown.record.shape
-    weight_XYZ = _window_weight(window_vox, blending).to(device)
-    origins = window_origins(shape, window_vox, overlap)
-    padded, before = _padding(shape, window_vox)
-    total_RXYZ: Tensor | None = None
-    weights_XYZ = torch.zeros(padded, device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(origins), windows_per_batch):
-            some = origins[start : start + windows_per_batch]
-            views = [window_view(shown, origin, window_vox) for origin in some]
-            batch = pack_studies(views, patch_vox, epochs=[0] * len(views), drop_empty=False)
-            with torch.inference_mode():
-                probability_SRXYZ = torch.sigmoid(model(batch.to(device)))
-            if total_RXYZ is None:
-                total_RXYZ = torch.zeros((probability_SRXYZ.shape[1], *padded), device=device)
-            for origin, probability_RXYZ in zip(some, probability_SRXYZ, strict=True):
-                place = _slices([o + b for o, b in zip(origin, before, strict=True)], window_vox)
-                total_RXYZ[(slice(None), *place)] += probability_RXYZ * weight_XYZ
-                weights_XYZ[place] += weight_XYZ
-    finally:
-        model.train(was_training)
-    assert total_RXYZ is not None, "a box has at least one window"
-    inside = _slices(before, shape)
-    blended = (total_RXYZ / weights_XYZ)[(slice(None), *inside)]
-    result: npt.NDArray[np.float32] = blended.clamp_(0.0, 1.0).cpu().numpy()
-    return np.ascontiguousarray(result)
 
 
 def with_contrasts(arrays: StudyArrays, contrasts: Sequence[str] | None) -> StudyArrays:
