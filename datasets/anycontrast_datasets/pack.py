@@ -8,12 +8,11 @@ codes twice; there is no Python loop over tokens.
 Letters: L patches of a volume, N kept ones, P voxels per patch, XYZ voxels along i, j, k.
 """
 
-import base64
 import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import accumulate
 
 import numpy as np
@@ -24,10 +23,8 @@ from torch import Tensor
 from anycontrast_datasets.augment import StudyView
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import contrast_id
+from anycontrast_datasets.intensity import BLOCK_VOX, unpack_occupancy
 from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
-
-OCCUPANCY_BLOCK_VOX = 8
-"""Edge of the blocks of `VolumeRecord.occupancy`."""
 
 MIN_PATCHES = 2
 """Kept per volume even when empty: one to see, one to hide."""
@@ -141,19 +138,13 @@ def estimate_tokens(
         patch_vox: Voxels of a patch along i, j, k.
         crop_vox: Size of the crop, None for the whole box.
         drop_empty: Whether patches without foreground are left out.
-
-    Raises:
-        StudyError: If an occupancy bitmap does not fit the shape of the study.
     """
     size = crop_vox if crop_vox is not None else record.shape
     num_patches = math.prod(-(-n // p) for n, p in zip(size, patch_vox, strict=True))
     if not drop_empty:
         return float(num_patches * len(contrasts))
-    return sum(
-        max(MIN_PATCHES, num_patches * _occupied_share(record, volume, patch_vox))
-        for volume in record.volumes
-        if volume.contrast in contrasts
-    )
+    share_V = _occupied_share(record, contrasts, patch_vox)
+    return float(np.maximum(share_V * num_patches, MIN_PATCHES).sum())
 
 
 def study_cost(num_tokens: float) -> float:
@@ -197,22 +188,22 @@ def assign_packs(costs: Sequence[float], num_packs: int) -> list[list[int]]:
 
 
 def _occupied_share(
-    record: StudyRecord, volume: VolumeRecord, patch_vox: tuple[int, int, int]
-) -> float:
-    blocks = [-(-n // OCCUPANCY_BLOCK_VOX) for n in record.shape]
-    packed = np.frombuffer(base64.b64decode(volume.occupancy), dtype=np.uint8)
-    if len(packed) != -(-math.prod(blocks) // 8):
-        raise StudyError(
-            f"study {record.study_id} {volume.contrast}: an occupancy bitmap of shape "
-            f"{record.shape} has {-(-math.prod(blocks) // 8)} bytes, found {len(packed)}; "
-            "write the shards again"
-        )
-    bits = np.unpackbits(packed, count=math.prod(blocks)).reshape(blocks)
+    record: StudyRecord, contrasts: Sequence[str], patch_vox: tuple[int, int, int]
+) -> npt.NDArray[np.float64]:
+    """Read from the occupancy bitmaps which share of a volume's patches holds foreground: [V]."""
+    chosen = [volume for volume in record.volumes if volume.contrast in contrasts]
+    blocks = [unpack_occupancy(volume.occupancy, record.shape) for volume in chosen]
     # Blocks per patch; a patch that is no multiple of a block is judged by single blocks.
-    per_patch = [max(p // OCCUPANCY_BLOCK_VOX, 1) for p in patch_vox]
-    for axis, step in enumerate(per_patch):
-        bits = np.bitwise_or.reduceat(bits, np.arange(0, bits.shape[axis], step), axis=axis)
-    return float(bits.mean())
+    merge = [max(p // BLOCK_VOX, 1) for p in patch_vox]
+    whole = [-(-n // m) * m for n, m in zip(blocks[0].shape, merge, strict=True)]
+    bits = np.zeros((len(chosen), *whole), dtype=np.bool_)
+    x, y, z = blocks[0].shape
+    bits[:, :x, :y, :z] = blocks
+    for axis, step in enumerate(merge, start=1):
+        ahead = (slice(None),) * axis
+        bits = reduce(np.logical_or, [bits[(*ahead, slice(i, None, step))] for i in range(step)])
+    share: npt.NDArray[np.float64] = bits.mean(axis=(1, 2, 3))
+    return share
 
 
 def _study_tokens(
