@@ -6,34 +6,26 @@ the best validation Dice. With `from_scratch` only the weights differ: data, ord
 schedule are the same, so the two can be compared study by study.
 """
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from anycontrast.models.segmenter import (
-    Segmenter,
-    SegmenterConfig,
-    build_segmenter,
-    region_targets,
-    segmentation_loss,
-    segmenter_model_config,
-)
+from anycontrast.models.segmenter import SegmenterConfig
 from anycontrast.training.loop import LoopConfig
 from anycontrast.training.optim import OptimConfig
-from anycontrast.training.task import Micro, Parts, Validation
-from anycontrast_datasets.batch import PackedBatch
+from anycontrast.training.segmentation import FinetuneTask, LabelledStore
 from anycontrast_datasets.store.reader import StudyStore
-from anycontrast_datasets.study import StudyArrays, StudyRecord
+from anycontrast_datasets.stream import StreamConfig
 
 if TYPE_CHECKING:
-    from anycontrast.models.amae import AMAEConfig
     from anycontrast.training.config import Config
-    from anycontrast_datasets.stream import StreamConfig
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +80,8 @@ class FinetuneConfig(LoopConfig):
         """Folder name under `<run>/finetune/`."""
         return "scratch" if self.from_scratch else "pretrained"
 
-    def stream_config(self) -> "StreamConfig":
+    def stream_config(self) -> StreamConfig:
         """What the training stream serves: labelled windows with every patch present."""
-        from anycontrast_datasets.stream import StreamConfig
-
         return StreamConfig(
             studies_per_step=self.studies_per_step,
             packs_per_step=self.packs_per_step,
@@ -105,164 +95,15 @@ class FinetuneConfig(LoopConfig):
         )
 
 
-class LabelledStore:
-    """The labelled studies of a store, as a store of their own.
-
-    Raises:
-        ManifestError: no study of split train has a label and one of the contrasts.
-    """
-
-    def __init__(self, store: StudyStore, contrasts: Sequence[str] = ()) -> None:
-        from anycontrast.evaluation.evaluate import labelled_indices
-
-        labelled_indices(store, "train", contrasts)
-        self._store = store
-        self._indices = [i for i, record in enumerate(store.records) if record.has_label]
-        self.records: tuple[StudyRecord, ...] = tuple(store.records[i] for i in self._indices)
-        self.fingerprint = f"{store.fingerprint}:labelled"
-
-    def read(
-        self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
-    ) -> StudyArrays:
-        """See `StudyStore.read`; `index` counts labelled studies."""
-        return self._store.read(self._indices[index], contrasts=contrasts, label=label)
-
-    def verify(self) -> list[str]:
-        """See `StudyStore.verify`; the whole store is read."""
-        return self._store.verify()
-
-
-class FinetuneTask:
-    """Segmentation as the training loop sees it; the loss is normalised by studies.
-
-    Args:
-        config: head, loss, validation.
-        model_config: the pretraining model's config.
-        store: labelled studies, for validation.
-        pretrained: state dict of an `AMAE`; None starts from scratch.
-
-    Raises:
-        ValueError: the pretrained weights do not fit.
-    """
-
-    kind = "segmenter"
-
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        model_config: "AMAEConfig",
-        store: StudyStore,
-        *,
-        pretrained: Mapping[str, Tensor] | None,
-    ) -> None:
-        self.config = config
-        self.segmenter: Segmenter = build_segmenter(config.segmenter, model_config)
-        self.model: nn.Module = self.segmenter
-        self.model_config: Mapping[str, Any] = segmenter_model_config(
-            config.segmenter, model_config
-        )
-        self._store = store
-        self._best = float("-inf")
-        self._validation = self._validation_indices()
-        if pretrained is not None:
-            report = self.segmenter.load_pretrained(pretrained)
-            logger.info(
-                "took over %d pretrained tensors; %d of the head start fresh; %d of the "
-                "pretraining decoder and the like are not used",
-                len(report.loaded),
-                len(report.fresh),
-                len(report.unused),
-            )
-
-    def prepare(self, batch: PackedBatch, *, step: int, device: torch.device) -> Micro:
-        """Move a pack with its labels to the device."""
-        return Micro(
-            inputs=batch.to(device, non_blocking=True),
-            count=batch.num_studies,
-            num_tokens=batch.num_tokens,
-            study_ids=batch.study_ids,
-        )
-
-    def loss(self, model: nn.Module, micro: Micro) -> tuple[Tensor, Parts]:
-        """Sum the loss over the pack's studies; parts: soft Dice per region at threshold 0.5."""
-        batch: PackedBatch = micro.inputs
-        labels = [label for label in batch.labels if label is not None]
-        assert len(labels) == batch.num_studies, "the stream serves labelled studies only"
-        target_SRXYZ = region_targets(torch.stack(labels), self.segmenter.regions)
-        logits_SRXYZ = model(batch)
-        loss_S = segmentation_loss(logits_SRXYZ, target_SRXYZ, kind=self.config.loss)
-        return loss_S.sum(), self._parts(logits_SRXYZ.detach(), target_SRXYZ)
-
-    def _parts(self, logits_SRXYZ: Tensor, target_SRXYZ: Tensor) -> Parts:
-        """Dice per region, pooled over the voxels of all studies between two log lines."""
-        predicted_SRXYZ = (logits_SRXYZ > 0).float()
-        both_R = (predicted_SRXYZ * target_SRXYZ).sum(dim=(0, 2, 3, 4))
-        size_R = (predicted_SRXYZ + target_SRXYZ).sum(dim=(0, 2, 3, 4))
-        return {
-            f"dice/{name}": (2 * both_R[number], size_R[number])
-            for number, name in enumerate(self.segmenter.regions)
-        }
-
-    def panels(self, model: nn.Module, micro: Micro, *, step: int, folder: Path) -> None:
-        """Draw nothing: segmentations are judged by validation and `anycontrast evaluate`."""
-
-    def _validation_indices(self) -> list[int]:
-        from anycontrast.evaluation.evaluate import labelled_indices
-        from anycontrast_datasets.study import ManifestError
-
-        limit = self.config.max_validation_studies
-        if limit == -1:
-            return []
-        try:
-            indices = labelled_indices(self._store, "val", self.config.contrasts)
-        except ManifestError as error:
-            logger.warning("no validation, so the last checkpoint counts as the best: %s", error)
-            return []
-        return indices[:limit] if limit else indices
-
-    def validate(self, model: nn.Module, *, step: int) -> Validation | None:
-        """Dice of whole validation studies with all their contrasts, averaged over the studies.
-
-        Without validation studies the newest validated step counts as the best.
-        """
-        if not self._validation:
-            return Validation({}, is_best=True)
-        from anycontrast.evaluation.inference import sliding_window
-        from anycontrast.evaluation.metrics import dice_per_region
-
-        device = next(self.segmenter.parameters()).device
-        sums = dict.fromkeys(self.segmenter.regions, 0.0)
-        for index in self._validation:
-            record = self._store.records[index]
-            shown = [c for c in record.contrasts if c in (self.config.contrasts or [c])]
-            arrays = self._store.read(index, contrasts=shown, label=True)
-            assert arrays.label is not None
-            probability_RXYZ = sliding_window(
-                model,
-                arrays,
-                patch_vox=self.segmenter.patch_vox,
-                window_vox=self.segmenter.window_vox,
-                overlap=self.config.overlap,
-                device=device,
-            )
-            found = dice_per_region(probability_RXYZ, arrays.label, self.segmenter.regions)
-            for name, value in found.items():
-                sums[name] += value / len(self._validation)
-        mean = sum(sums.values()) / len(sums)
-        is_best = mean > self._best
-        self._best = max(self._best, mean)
-        metrics = {"val/dice": mean, **{f"val/dice/{name}": v for name, v in sums.items()}}
-        return Validation(metrics, is_best)
-
-
 def run_finetune(config: "Config") -> dict[str, Any]:
     """Finetune as `config.finetune` says, in this process; resumes by itself.
 
     Returns:
-        The loop's result.
+        The loop's result, and which variant it is of.
 
     Raises:
-        CheckpointError: no pretraining checkpoint, or it does not fit the model.
+        CheckpointError: no pretraining checkpoint, it does not fit, or the run to resume was
+            started from other weights.
         ManifestError: no labelled study in split train.
     """
     from anycontrast.training.config import config_to_dict
@@ -272,9 +113,11 @@ def run_finetune(config: "Config") -> dict[str, Any]:
     from anycontrast_datasets.stream import StudyStream
 
     finetune = config.finetune
+    folder = config.paths.finetune / finetune.variant
     store = LabelledStore(open_store(config.paths.shards), finetune.contrasts)
     torch.manual_seed(config.seed)
-    task = make_task(config, store)
+    task, origin = make_task(config, store)
+    _check_origin(folder, origin)
 
     def open_stream(start_step: int) -> StudyStream:
         return StudyStream(
@@ -288,20 +131,22 @@ def run_finetune(config: "Config") -> dict[str, Any]:
         )
 
     with process_group(timeout_s=config.cluster.timeout_s):
-        return run_loop(
+        result = run_loop(
             task,
             open_stream,
             finetune,
-            folder=config.paths.finetune / finetune.variant,
+            folder=folder,
             run_config=config_to_dict(config),
+            extra_state={"from_scratch": finetune.from_scratch, "origin": origin},
         )
+    return {"variant": finetune.variant, **result}
 
 
-def make_task(config: "Config", store: StudyStore) -> FinetuneTask:
-    """Build the task, with the pretrained weights unless `from_scratch`.
+def make_task(config: "Config", store: StudyStore) -> tuple[FinetuneTask, dict[str, Any]]:
+    """Build the task, with the pretrained weights unless `from_scratch`, and say where they are of.
 
     The architecture is the pretraining checkpoint's, so a config changed since cannot disagree
-    with it; from scratch, without a checkpoint, it is `config.model`.
+    with it; from scratch it is `config.model`.
 
     Raises:
         CheckpointError: no pretraining checkpoint, or its weights do not fit.
@@ -310,8 +155,10 @@ def make_task(config: "Config", store: StudyStore) -> FinetuneTask:
     from anycontrast.training.checkpoint import CheckpointError, load_weights
 
     finetune = config.finetune
+    best_dice = _best_dice(config.paths.finetune / finetune.variant)
     if finetune.from_scratch:
-        return FinetuneTask(finetune, config.model, store, pretrained=None)
+        task = FinetuneTask(finetune, config.model, store, pretrained=None, best_dice=best_dice)
+        return task, {"step": 0, "sha256": ""}
     source = Path(finetune.checkpoint or config.paths.pretrain / "checkpoints")
     tensors, state = load_weights(source)
     if state["kind"] != "amae":
@@ -320,8 +167,38 @@ def make_task(config: "Config", store: StudyStore) -> FinetuneTask:
             "pretrained amae; set finetune.checkpoint to a pretraining checkpoint"
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
-    model_config = AMAEConfig(**values)
+    model = AMAEConfig(**values)
     try:
-        return FinetuneTask(finetune, model_config, store, pretrained=tensors)
+        task = FinetuneTask(finetune, model, store, pretrained=tensors, best_dice=best_dice)
     except ValueError as error:
         raise CheckpointError(f"finetune: checkpoint {source}: {error}") from error
+    return task, {"step": int(state["step"]), "sha256": _encoder_digest(tensors)}
+
+
+def _encoder_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if name.startswith("encoder."):
+            digest.update(name.encode())
+            digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _best_dice(folder: Path) -> float:
+    best = folder / "best.json"
+    if not best.is_file():
+        return float("-inf")
+    return float(json.loads(best.read_text())["metrics"].get("val/dice", "-inf"))
+
+
+def _check_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was started from other pretrained weights."""
+    from anycontrast.training.checkpoint import CheckpointError, latest
+
+    found = latest(folder / "checkpoints")
+    if found is not None and found.state.get("origin", origin) != origin:
+        raise CheckpointError(
+            f"finetune: {folder} was started from the pretrained weights of step "
+            f"{found.state['origin']['step']}, now those of step {origin['step']} are given and "
+            f"they differ; remove {folder} to finetune again, or set finetune.checkpoint"
+        )
