@@ -29,6 +29,8 @@ HEADROOM = 1.1
 ZERO_SHARE = 0.1
 ZERO_COHERENCE = 0.9
 SPECK_SHARE = 0.01
+AIR_SHARE = 0.15
+"""Air is darker than this share of the 99th percentile, wherever the histogram would split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def foreground_mask(array: Floats, spacing_mm: tuple[float, float, float]) -> Ma
         for size, step in zip(array.shape, spacing_mm, strict=True)
     )
     coarse = _pooled(np.abs(array), factors)
-    mask = coarse > _otsu_log(coarse)
+    mask = coarse > _air_threshold(coarse)
     mask = _fill_holes(_largest_piece(mask))
     mask = ndimage.binary_dilation(mask)
     for axis, factor in enumerate(factors):
@@ -220,13 +222,16 @@ def _pooled(array: Floats, factors: tuple[int, ...]) -> Floats:
     return out
 
 
-def _otsu_log(array: Floats, bins: int = 256) -> float:
-    """Return the threshold that best splits log intensities in two.
+def _air_threshold(array: Floats, bins: int = 256) -> float:
+    """Return the threshold that best splits log intensities in two, if that can be air.
+
+    A field of view without air would be split between tissues; hence the upper bound.
 
     Source: Otsu, "A threshold selection method from gray-level histograms", 1979, eq. 18.
     """
     values = array.ravel()[:: max(1, array.size // 2**18)]
-    floor = 0.02 * float(np.percentile(values, 99))
+    bright = float(np.percentile(values, 99))
+    floor = 0.02 * bright
     if floor <= 0:
         return 0.0
     counts, edges = np.histogram(np.log1p(values / np.float32(floor)), bins=bins)
@@ -238,4 +243,5 @@ def _otsu_log(array: Floats, bins: int = 256) -> float:
     inner = (weight > 0) & (weight < 1)
     spread[inner] = (moment[-1] * weight[inner] - moment[inner]) ** 2
     spread[inner] /= weight[inner] * (1 - weight[inner])
-    return float(np.expm1(edges[int(spread.argmax()) + 1]) * floor)
+    threshold = float(np.expm1(edges[int(spread.argmax()) + 1]) * floor)
+    return min(threshold, AIR_SHARE * bright)
