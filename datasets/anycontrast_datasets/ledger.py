@@ -48,7 +48,7 @@ REMEDIES: dict[str, str] = {
     "label_values": "store the label as whole numbers from 0 to 255",
     "not_a_brain": "leave the file out; if it is a brain, set check_pictures=false",
     "field_of_view_small": "leave the file out; if the cut is intended, set check_pictures=false",
-    "not_mri": "leave the file out; only MRI is learned from",
+    "not_mri": "leave the file out; if it is MRI after all, set check_pictures=false",
     "phase_image": "scan the magnitude image instead",
     "not_trainable": "leave the file out; maps of this kind are not learned from",
     "no_volume_left": "see why the volumes of this study were refused",

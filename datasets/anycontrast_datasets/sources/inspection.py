@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 DISAGREEMENT = "contrast_disagreement"
 SIDECAR_UNREADABLE = "sidecar_unreadable"
 
-_REFUSING_FLAGS = ("not_a_brain", "field_of_view_small")
+# Flag of the picture -> reason code.
+_REFUSING_FLAGS = {
+    "not_a_brain": "not_a_brain",
+    "field_of_view_small": "field_of_view_small",
+    "ct_like": "not_mri",
+}
 _MAX_SIDECAR_BYTES = 2**20
 _MAX_LABEL_VALUE = 255
 
@@ -114,9 +119,9 @@ def _volume(
     contrast, flags, evidence = claim.reading.contrast, loaded.flags, claim.reading.evidence
     if options.check_pictures:
         contrast, flags, evidence = _look(claim, loaded)
-        if reasons := [flag for flag in _REFUSING_FLAGS if flag in flags]:
-            reason = f"by its picture: {'; '.join(evidence) or reasons[0]}"
-            return refuse(claim.location, reasons[0], reason, study_id=study_id)
+        if told := [flag for flag in _REFUSING_FLAGS if flag in flags]:
+            reason = f"by its picture ({told[0]}): {'; '.join(evidence)}"
+            return refuse(claim.location, _REFUSING_FLAGS[told[0]], reason, study_id=study_id)
     if options.contrasts and contrast not in options.contrasts:
         reason = f"{contrast} is not among the contrasts to keep"
         return refuse(claim.location, "contrast_not_selected", reason, study_id=study_id)

@@ -1,0 +1,218 @@
+"""The whole scan: files written, counts, privacy, determinism, splits, and clear refusals."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anycontrast_datasets.ledger import read_ledger
+from anycontrast_datasets.manifest import read_locations, read_manifest
+from anycontrast_datasets.pseudonym import PseudonymNaming, SplitRule
+from anycontrast_datasets.scan import ScanConfig, run_scan
+from anycontrast_datasets.sources.phantom_config import PhantomConfig
+from anycontrast_datasets.study import ManifestError
+from anycontrast_datasets.volume import write_volume
+
+
+def image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    voxels = np.arange(210, dtype=np.int16).reshape(6, 7, 5)
+    write_volume(path, voxels, np.diag([2.0, 2.0, 3.0, 1.0]))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two subjects, one with two sessions and a label; one file too many, one of another kind."""
+    folder = tmp_path / "JaneDoe-data"
+    for name in ("sub-JaneDoe_ses-20240131_T1w", "sub-JaneDoe_ses-20240131_FLAIR"):
+        image(folder / f"{name}.nii.gz")
+    image(folder / "sub-JaneDoe_ses-20240501_T1w.nii.gz")
+    image(folder / "sub-JohnRoe_T1w.nii.gz")
+    mask = np.zeros((6, 7, 5), dtype=np.uint8)
+    write_volume(folder / "sub-JohnRoe_msk.nii.gz", mask, np.diag([2.0, 2.0, 3.0, 1.0]))
+    (folder / "sub-JohnRoe_T2w.nii.gz").write_bytes(b"cut")
+    (folder / "slice.dcm").write_bytes(b"x")
+    return folder
+
+
+def config(root: Path) -> ScanConfig:
+    return ScanConfig(source="bids", root=str(root), dataset="clinic", check_pictures=False)
+
+
+def test_scan_accounts_for_every_file_and_writes_what_others_read(
+    root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run" / "manifest"
+    calls: list[tuple[int, int]] = []
+    summary = run_scan(config(root), out, on_progress=lambda *c: calls.append(c))
+    assert (summary.inputs, summary.accepted, summary.refused) == (7, 5, 2)
+    assert (summary.studies, summary.subjects, summary.labels) == (3, 2, 1)
+    assert summary.by_contrast == {"FLAIR": 1, "T1w": 3}
+    assert summary.by_contrast_set == {"T1w": 2, "T1w+FLAIR": 1}
+    assert sum(summary.by_code.values()) == 2
+    assert sum(summary.by_split.values()) == 3
+    assert json.loads((out / "summary.json").read_text())["inputs"] == 7
+    assert calls[-1] == (7, 7)
+    studies = read_manifest(out / "manifest.parquet")
+    locations = read_locations(out)
+    wanted = {(s.study_id, v.contrast) for s in studies for v in s.volumes}
+    wanted |= {(s.study_id, "label") for s in studies if s.label}
+    assert set(locations) == wanted
+    assert all(path.is_file() and path.is_absolute() for path in locations.values())
+    refused = {r.location: r.code for r in read_ledger(out / "private" / "ledger.csv")}
+    assert refused["slice.dcm"] == "needs_dicom_source"
+    assert "sub-JohnRoe_T2w.nii.gz" in refused
+
+
+def test_nothing_public_names_a_person_or_a_path_and_the_rest_is_private(
+    root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "manifest"
+    run_scan(config(root), out)
+    public = (out / "manifest.parquet").read_bytes() + (out / "summary.json").read_bytes()
+    table = repr(read_manifest(out / "manifest.parquet")).encode()
+    for text in (b"JaneDoe", b"JohnRoe", b"20240131", b"20240501", str(tmp_path).encode(), b".nii"):
+        assert text not in public
+        assert text not in table
+    assert (out / "private").stat().st_mode & 0o777 == 0o700
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in (out / "private").iterdir())
+    assert len((out / "private" / "pseudonym.key").read_bytes().strip()) == 64
+
+
+def test_scanning_again_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "manifest"
+    run_scan(config(root), out)
+    first = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    run_scan(replace(config(root), num_threads=1), out)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == first
+
+
+def test_another_key_gives_other_names_but_the_same_splits(root: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run_scan(config(root), tmp_path / name)
+    one, two = (read_manifest(tmp_path / n / "manifest.parquet") for n in ("one", "two"))
+    assert {s.study_id for s in one}.isdisjoint({s.study_id for s in two})
+    assert sorted(s.split for s in one) == sorted(s.split for s in two)
+
+
+def test_a_given_key_is_used_and_a_wrong_one_is_refused(root: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef0123456789abcdef")
+    key.chmod(0o600)
+    with_key = replace(config(root), pseudonym_key_file=str(key))
+    run_scan(with_key, tmp_path / "one")
+    run_scan(with_key, tmp_path / "two")
+    assert (tmp_path / "one/manifest.parquet").read_bytes() == (
+        tmp_path / "two/manifest.parquet"
+    ).read_bytes()
+    assert not (tmp_path / "one/private/pseudonym.key").exists()
+    key.write_text("short")
+    with pytest.raises(ManifestError, match="at least 16 bytes, found 5"):
+        run_scan(with_key, tmp_path / "three")
+    key.unlink()
+    with pytest.raises(ManifestError, match="correct pseudonym_key_file"):
+        run_scan(with_key, tmp_path / "three")
+
+
+def test_pseudonyms_cannot_be_found_by_trying_ids_without_the_key() -> None:
+    split = SplitRule("ds", "salt", (0.8, 0.1, 0.1))
+    secret = PseudonymNaming(os.urandom(32), "ds", split)
+    names = {secret(f"{i:04d}", "1").study_id for i in range(500)}
+    guesses = [
+        PseudonymNaming(key, "ds", split)(f"{i:04d}", "1").study_id
+        for key in (b"", b"ds", b"salt")
+        for i in range(500)
+    ]
+    assert len(names) == 500
+    assert names.isdisjoint(guesses)
+
+
+def test_split_is_by_subject_near_its_fractions_and_follows_the_salt() -> None:
+    rule = SplitRule("ds", "salt", (0.8, 0.1, 0.1))
+    splits = [rule(str(i)) for i in range(3000)]
+    assert abs(splits.count("train") / 3000 - 0.8) < 0.03
+    assert abs(splits.count("val") / 3000 - 0.1) < 0.03
+    other = SplitRule("ds", "other", (0.8, 0.1, 0.1))
+    assert [other(str(i)) for i in range(3000)] != splits
+    assert {SplitRule("ds", "salt", (1.0, 0.0, 0.0))(str(i)) for i in range(50)} == {"train"}
+
+
+def test_all_sessions_of_a_subject_share_a_split_and_new_data_move_nobody(
+    root: Path, tmp_path: Path
+) -> None:
+    run_scan(config(root), tmp_path / "m")
+    before = {s.study_id: s.split for s in read_manifest(tmp_path / "m/manifest.parquet")}
+    for number in range(20):
+        image(root / f"sub-new{number}_T1w.nii.gz")
+    run_scan(config(root), tmp_path / "m")
+    after = read_manifest(tmp_path / "m/manifest.parquet")
+    assert {s.study_id: s.split for s in after if s.study_id in before} == before
+    by_subject: dict[str, set[str]] = {}
+    for study in after:
+        by_subject.setdefault(study.subject_id, set()).add(study.split)
+    assert all(len(splits) == 1 for splits in by_subject.values())
+
+
+def test_missing_folder_file_for_folder_and_empty_folder_are_one_clear_line(
+    tmp_path: Path,
+) -> None:
+    for name, said in (
+        ("none", "no such folder"),
+        ("file", "must be a folder"),
+        ("empty", "no image"),
+    ):
+        path = tmp_path / name
+        if name == "file":
+            path.write_text("x")
+        if name == "empty":
+            path.mkdir()
+            (path / "README.md").write_text("nothing")
+        with pytest.raises(ManifestError, match=said) as caught:
+            run_scan(config(path), tmp_path / "out")
+        assert str(path) in str(caught.value)
+        assert "scan.root" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_nothing_accepted_is_an_error_after_the_ledger_is_written(
+    root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m"
+    run_scan(config(root), out)
+    for path in root.glob("*.nii.gz"):
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ManifestError, match=r"none of 7 files was accepted.*ledger\.csv"):
+        run_scan(config(root), out)
+    assert len(read_ledger(out / "private" / "ledger.csv")) == 7
+    assert not (out / "manifest.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"source": "bids"}, r"scan\.root"),
+        ({"source": "folder", "root": "x"}, r"scan\.table must name"),
+        ({"source": "bids", "root": "x", "table": "t.csv"}, r"scan\.table is read by"),
+        ({"contrasts": ["FLAYR"]}, "FLAIR"),
+        ({"split_fractions": (0.8, 0.1, 0.2)}, r"scan\.split_fractions must"),
+        ({"num_threads": 0}, r"scan\.num_threads must be at least 1"),
+    ],
+)
+def test_wrong_setting_names_the_field(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ScanConfig(**values)  # type: ignore[arg-type]
+
+
+def test_phantom_is_written_beside_the_manifest_and_keeps_its_ids(tmp_path: Path) -> None:
+    phantom = PhantomConfig(num_studies=3, spacing_mm=(6.0, 6.0, 6.0), seed=1)
+    summary = run_scan(ScanConfig(phantom=phantom), tmp_path / "run" / "manifest")
+    assert (tmp_path / "run" / "source").is_dir()
+    assert (summary.studies, summary.refused) == (3, 0)
+    studies = read_manifest(tmp_path / "run" / "manifest" / "manifest.parquet")
+    assert [s.study_id for s in studies] == [f"phantom-000{i}-1" for i in (1, 2, 3)]
+    assert "contrast_disagreement" not in summary.by_flag
+    assert all(volume.descriptor.te_s is not None for volume in studies[0].volumes)
