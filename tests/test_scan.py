@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anycontrast_datasets.ledger import read_ledger
+from anycontrast_datasets.ledger import Refusal, read_ledger
 from anycontrast_datasets.manifest import read_locations, read_manifest
 from anycontrast_datasets.pseudonym import PseudonymNaming, SplitRule
 from anycontrast_datasets.scan import ScanConfig, run_scan
+from anycontrast_datasets.sources import bids
+from anycontrast_datasets.sources.claims import SourceOptions
 from anycontrast_datasets.sources.phantom_config import PhantomConfig
-from anycontrast_datasets.study import ManifestError
+from anycontrast_datasets.study import ManifestError, Study
 from anycontrast_datasets.volume import write_volume
 
 
@@ -189,6 +191,29 @@ def test_nothing_accepted_is_an_error_after_the_ledger_is_written(
         run_scan(config(root), out)
     assert len(read_ledger(out / "private" / "ledger.csv")) == 7
     assert not (out / "manifest.parquet").exists()
+
+
+def test_a_file_that_a_source_loses_is_an_error(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lossy(root: Path, options: SourceOptions) -> list[Study | Refusal]:
+        return [found for found in scan_bids(root, options) if isinstance(found, Study)]
+
+    scan_bids = bids.scan
+    monkeypatch.setattr(bids, "scan", lossy)
+    with pytest.raises(ManifestError, match="found 2 that are not"):
+        run_scan(config(root), tmp_path / "m")
+    assert not (tmp_path / "m" / "manifest.parquet").exists()
+
+
+def test_key_that_others_can_read_is_warned_about(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef0123456789abcdef")
+    key.chmod(0o644)
+    run_scan(replace(config(root), pseudonym_key_file=str(key)), tmp_path / "m")
+    assert "chmod 600" in caplog.text
 
 
 @pytest.mark.parametrize(

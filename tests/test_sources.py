@@ -166,6 +166,7 @@ def test_folder_table_states_guesses_and_accounts_for_every_file(tmp_path: Path)
     mask(root / "a" / "brain_mask.nii.gz")
     image(root / "left_over.nii.gz")
     (root / "series.dcm").write_bytes(b"x")
+    (root / "notes.txt").write_text("no image")
     studies, refusals = folder_scan(
         root,
         "a/scan1.nii.gz,p1,1,t1 post,\n"
@@ -174,6 +175,7 @@ def test_folder_table_states_guesses_and_accounts_for_every_file(tmp_path: Path)
         "a/ct.nii.gz,p1,1,CT,\n"
         "a/brain_mask.nii.gz,p1,1,,\n"
         "a/gone.nii.gz,p1,1,T2w,\n"
+        "notes.txt,p1,1,T2w,\n"
         "\n",
     )
     assert studies["ds-p1-1"].contrasts == ("T1wCE", "FLAIR")
@@ -182,6 +184,7 @@ def test_folder_table_states_guesses_and_accounts_for_every_file(tmp_path: Path)
         "a/ct.nii.gz": "not_mri",
         "a/brain_mask.nii.gz": "label_not_stated",
         "a/gone.nii.gz": "missing_file",
+        "notes.txt": "unsupported_format",
         "left_over.nii.gz": "not_in_table",
         "series.dcm": "needs_dicom_source",
     }

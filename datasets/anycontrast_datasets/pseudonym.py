@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from anycontrast_datasets.ledger import write_atomically
 from anycontrast_datasets.study import SPLITS, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -106,8 +107,7 @@ def load_key(path: Path | None, generated: Path) -> bytes:
     """
     if path is None and not generated.exists():
         generated.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        generated.touch(mode=0o600, exist_ok=False)
-        generated.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
+        write_atomically(generated, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
         logger.info("made a new pseudonym key; keep it: another key gives other study ids")
     source = path or generated
     if not source.is_file():

@@ -25,7 +25,7 @@ from anycontrast_datasets.manifest import (
 )
 from anycontrast_datasets.pseudonym import Naming, PlainNaming, PseudonymNaming, SplitRule, load_key
 from anycontrast_datasets.sources.claims import SourceOptions
-from anycontrast_datasets.sources.listing import check_root
+from anycontrast_datasets.sources.listing import check_root, list_images
 from anycontrast_datasets.sources.phantom_config import PhantomConfig
 from anycontrast_datasets.study import ManifestError, Study
 
@@ -147,7 +147,7 @@ def run_scan(
             studies.append(found)
         else:
             refusals.append(found)
-    studies.sort(key=lambda study: study.study_id)
+    _check_accounted(root, studies, refusals)
     summary = summarise(studies, refusals)
     if summary.inputs == 0:
         raise ManifestError(
@@ -162,6 +162,20 @@ def run_scan(
         )
     _write(studies, summary, root, out_dir)
     return summary
+
+
+def _check_accounted(root: Path, studies: Sequence[Study], refusals: Sequence[Refusal]) -> None:
+    """Every image file is in a study or in the ledger, and in one of them only."""
+    accounted = [volume.location for study in studies for volume in study.volumes]
+    accounted += [study.label.location for study in studies if study.label is not None]
+    accounted += [refusal.location for refusal in refusals]
+    twice = [name for name, count in Counter(accounted).items() if count > 1]
+    assert not twice, f"files accounted for more than once: {twice[:3]}"
+    if lost := sorted(set(list_images(root)) - set(accounted)):
+        raise ManifestError(
+            f"scanning {root}: every image file must be accounted for, found {len(lost)} that are "
+            f"not, e.g. {lost[0]}; did the folder change meanwhile? scan again"
+        )
 
 
 def summarise(studies: Sequence[Study], refusals: Sequence[Refusal]) -> ScanSummary:

@@ -5,11 +5,14 @@ not entered; links to files are listed, links to folders followed once. DICOM fi
 suffix are recognised by their magic bytes.
 """
 
+import logging
 import os
 from pathlib import Path
 
 from anycontrast_datasets.ledger import Refusal, refuse
 from anycontrast_datasets.study import ManifestError
+
+logger = logging.getLogger(__name__)
 
 _NIFTI = (".nii", ".nii.gz")
 _DICOM = (".dcm", ".ima", ".dicom")
@@ -82,7 +85,7 @@ def refuse_format(location: str, study_id: str = "") -> Refusal | None:
         return refuse(location, "bad_file_name", "the name is not valid UTF-8", study_id=study_id)
     if is_nifti(location):
         return None
-    if location.lower().endswith(_OTHER_IMAGES):
+    if location.lower().endswith((*_OTHER_IMAGES, *_COMPANIONS)):
         reason = f"only NIfTI is read, found {Path(location).suffix}"
         return refuse(location, "unsupported_format", reason, study_id=study_id)
     reason = "DICOM is not read by this source"
@@ -95,9 +98,13 @@ def _is_image(path: Path) -> bool:
         return True
     if name.startswith(".") or name.endswith(_COMPANIONS) or not path.is_file():
         return False
-    with path.open("rb") as stream:
-        stream.seek(_DICOM_MAGIC_AT)
-        return stream.read(4) == b"DICM"
+    try:
+        with path.open("rb") as stream:
+            stream.seek(_DICOM_MAGIC_AT)
+            return stream.read(4) == b"DICM"
+    except OSError as error:
+        logger.warning("a file without an image suffix cannot be opened: %s", error.strerror)
+        return False
 
 
 def _unreadable(error: OSError) -> None:
