@@ -113,8 +113,8 @@ def read_dataset(root: Path) -> dict[str, Any]:
     return values
 
 
-def read_index(root: Path, sha256: str) -> dict[str, list[Any]]:
-    """Read `index.parquet` as columns.
+def read_index(root: Path, sha256: str) -> pa.Table:
+    """Read `index.parquet` as a table with the columns of `INDEX_SCHEMA`.
 
     Args:
         root: Folder of the shards.
@@ -133,8 +133,7 @@ def read_index(root: Path, sha256: str) -> dict[str, list[Any]]:
             f"opening shards: the index {path} must have sha256 {sha256[:16]}, found "
             f"{found[:16]}; {AGAIN}"
         )
-    columns: dict[str, list[Any]] = pq.read_table(io.BytesIO(content)).to_pydict()
-    return columns
+    return pq.read_table(io.BytesIO(content)).combine_chunks()
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from anycontrast_datasets.record_json import record_from_json
 from anycontrast_datasets.store.codec import checksum, decode_into
@@ -27,6 +28,7 @@ from anycontrast_datasets.store.volume_index import (
     RECORD_MEMBER,
     MemberRow,
     file_sha256,
+    member_from_dict,
     read_dataset,
     read_index,
 )
@@ -48,7 +50,8 @@ class VolumeStore:
         self.root = root
         self.dataset = read_dataset(root)
         self._index = read_index(root, str(self.dataset["index_sha256"]))
-        self._ends = [n + 1 for n, c in enumerate(self._index["contrast"]) if c == RECORD_MEMBER]
+        is_record = pc.equal(self._index["contrast"], RECORD_MEMBER).to_numpy()
+        self._ends = np.flatnonzero(is_record) + 1
         for shard in self.dataset["shards"]:
             problem = self._size_problem(shard["name"], shard["bytes"])
             if problem:
@@ -65,8 +68,8 @@ class VolumeStore:
     @cached_property
     def records(self) -> tuple[StudyRecord, ...]:
         """Every study, in manifest order; parsed on first use."""
-        texts = self._index["record"]
-        return tuple(record_from_json(texts[end - 1]) for end in self._ends)
+        texts = self._index["record"].take(self._ends - 1).to_pylist()
+        return tuple(record_from_json(text) for text in texts)
 
     def read(
         self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
@@ -122,11 +125,9 @@ class VolumeStore:
     def _members(self, index: int) -> list[MemberRow]:
         if not 0 <= index < len(self._ends):
             raise IndexError(f"study {index} of {len(self._ends)}")
-        first = self._ends[index - 1] if index else 0
-        return [
-            MemberRow(**{name: column[n] for name, column in self._index.items()})
-            for n in range(first, self._ends[index])
-        ]
+        first = int(self._ends[index - 1]) if index else 0
+        rows = self._index.slice(first, int(self._ends[index]) - first).to_pylist()
+        return [member_from_dict(row) for row in rows]
 
     def _record(self, rows: list[MemberRow]) -> StudyRecord:
         """Return the record of a study after comparing it with the members that it should have."""

@@ -1,0 +1,357 @@
+"""Sharding: same bytes whatever happened before, nothing lost, refusals counted."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anycontrast_datasets.ledger import read_ledger
+from anycontrast_datasets.manifest import manifest_fingerprint, write_locations, write_manifest
+from anycontrast_datasets.prepare import PrepareConfig
+from anycontrast_datasets.shard import ShardConfig, run_shard
+from anycontrast_datasets.store.reader import open_store
+from anycontrast_datasets.study import Label, ManifestError, ShardError, Study, Volume
+from anycontrast_datasets.volume import sha256_file, write_volume
+
+CONTRASTS = (("T1w", "FLAIR"), ("T1w",), ("T2w", "ADC", "FLAIR"), ("T1wCE", "T2starw"), ("FLAIR",))
+PREPARE = PrepareConfig(spacing_mm=(2.0, 2.0, 2.0), box_multiple_vox=8)
+CONFIG = ShardConfig(studies_per_shard=2)
+MEMBER_NAME = re.compile(r"[a-z0-9_-]+\.([a-z0-9]+\.(i16b2|u8b2)|study\.json)")
+
+
+def volume_file(path, seed, spacing):
+    rng = np.random.default_rng(seed)
+    shape = (20, 22, 24)
+    ijk = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
+    ball = (ijk**2).sum(0) < 0.8
+    matrix = np.diag([*spacing, 1.0])
+    write_volume(path, (ball * rng.normal(300, 30, size=shape)).astype(np.float32), matrix)
+    return shape, tuple(map(tuple, matrix.tolist()))
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Five studies as files, with a manifest; the third has a label."""
+    files, studies = {}, []
+    for number, names in enumerate(CONTRASTS):
+        study_id, volumes, label = f"case-{number}", [], None
+        for place, name in enumerate(names):
+            path = tmp_path / f"{study_id}_{name}.nii"
+            spacing = (2.0, 2.0, 2.0 + place)
+            shape, matrix = volume_file(path, 10 * number + place, spacing)
+            files[study_id, name] = path
+            volumes.append(
+                Volume(
+                    contrast=name,
+                    location=path.name,
+                    shape=shape,
+                    spacing_mm=spacing,
+                    affine=matrix,
+                    sha256=sha256_file(path),
+                )
+            )
+        if number == 2:
+            files[study_id, "label"] = tmp_path / f"{study_id}_label.nii"
+            values = np.zeros((20, 22, 24), np.uint8)
+            values[8:12, 8:12, 8:12] = 3
+            write_volume(files[study_id, "label"], values, np.diag([2.0, 2.0, 2.0, 1.0]))
+            label = Label(location="", shape=values.shape, affine=volumes[0].affine, grid_of="T2w")
+        studies.append(
+            Study(
+                study_id=study_id,
+                dataset="made",
+                subject_id=study_id,
+                session_id="1",
+                split="train",
+                volumes=tuple(volumes),
+                label=label,
+            )
+        )
+    return write(tmp_path, studies, files)
+
+
+def write(tmp_path, studies, files):
+    folder = tmp_path / "manifest"
+    (folder / "private").mkdir(parents=True, exist_ok=True)
+    write_manifest(studies, folder / "manifest.parquet")
+    fingerprint = manifest_fingerprint(folder / "manifest.parquet")
+    write_locations(files, folder, fingerprint=fingerprint)
+    return folder
+
+
+def content(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).iterdir())
+    }
+
+
+def test_two_runs_give_the_same_bytes(manifest, tmp_path):
+    first = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    second = run_shard(manifest, tmp_path / "b", PREPARE, CONFIG)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert first == second
+    assert (first.num_studies, first.num_sharded, first.num_refused) == (5, 5, 0)
+    assert (first.num_shards, first.num_reused) == (3, 0)
+
+
+def test_rerun_keeps_every_shard(manifest, tmp_path):
+    run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    before = content(tmp_path / "a")
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("shard-*")}
+    summary = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    assert summary.num_reused == 3
+    assert content(tmp_path / "a") == before
+    assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("shard-*")}
+
+
+def remove_receipt(out):
+    (out / "shard-000001.json").unlink()
+
+
+def remove_tar(out):
+    (out / "shard-000000.tar").unlink()
+
+
+def flip_bit(out):
+    path = out / "shard-000001.tar"
+    damaged = bytearray(path.read_bytes())
+    damaged[700] ^= 1
+    path.write_bytes(damaged)
+
+
+def cut_tar(out):
+    path = out / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def leave_temporaries(out):
+    (out / "dataset.json").unlink()
+    (out / "shard-000002.json").unlink()
+    (out / "shard-000002.tar").rename(out / "shard-000002.tar.tmp-99999")
+    (out / ".shard-000002.json.tmp-99999").write_text("{")
+
+
+def damage_receipt(out):
+    (out / "shard-000000.json").write_text('{"schema_version": 1}')
+
+
+def remove_dataset(out):
+    (out / "dataset.json").unlink()
+    (out / "index.parquet").unlink()
+
+
+def add_stale_shard(out):
+    (out / "shard-000007.tar").write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove_receipt,
+        remove_tar,
+        flip_bit,
+        cut_tar,
+        leave_temporaries,
+        damage_receipt,
+        remove_dataset,
+        add_stale_shard,
+    ],
+)
+def test_rerun_mends_what_an_accident_left(manifest, tmp_path, damage):
+    out = tmp_path / "a"
+    run_shard(manifest, out, PREPARE, CONFIG)
+    before = content(out)
+    damage(out)
+    assert run_shard(manifest, out, PREPARE, CONFIG).num_sharded == 5
+    assert content(out) == before
+    assert open_store(out).verify() == []
+
+
+def test_killed_run_ends_the_same_after_a_rerun(manifest, tmp_path):
+    config = ShardConfig(studies_per_shard=1)
+    run_shard(manifest, tmp_path / "whole", PREPARE, config)
+    out = tmp_path / "killed"
+    child = multiprocessing.get_context("spawn").Process(
+        target=run_shard, args=(manifest, out, PREPARE, config)
+    )
+    child.start()
+    deadline = time.monotonic() + 60
+    while not list(out.glob("shard-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    run_shard(manifest, out, PREPARE, config)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_studies_and_members_are_where_webdataset_and_tar_expect_them(manifest, tmp_path):
+    run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    names, keys = [], []
+    for path in sorted((tmp_path / "a").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
+                assert re.fullmatch(
+                    r"[a-z0-9_-]+\.[a-z0-9]+\.(i16b2|u8b2)|[a-z0-9_-]+\.study\.json", member.name
+                )
+                names.append(member.name)
+                keys.append(member.name.split(".")[0])
+    assert len(names) == len(set(names)) == sum(map(len, CONTRASTS)) + 1 + len(CONTRASTS)
+    assert [k for n, k in enumerate(keys) if n == 0 or keys[n - 1] != k] == list(
+        dict.fromkeys(keys)
+    )
+    assert [n for n in names if n.startswith("case-2.")] == [
+        "case-2.t2w.i16b2",
+        "case-2.adc.i16b2",
+        "case-2.flair.i16b2",
+        "case-2.label.u8b2",
+        "case-2.study.json",
+    ]
+
+
+def test_records_are_in_manifest_order_whatever_the_layout(manifest, tmp_path):
+    orders = []
+    for size in (1, 2, 5):
+        run_shard(manifest, tmp_path / str(size), PREPARE, ShardConfig(studies_per_shard=size))
+        orders.append([r.study_id for r in open_store(tmp_path / str(size)).records])
+    assert orders == [[f"case-{n}" for n in range(5)]] * 3
+
+
+def test_a_bad_study_is_refused_counted_and_named(manifest, tmp_path):
+    (tmp_path / "case-1_T1w.nii").write_bytes(b"no volume")
+    summary = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    assert (summary.num_studies, summary.num_sharded, summary.num_refused) == (5, 4, 1)
+    rejects = read_ledger(tmp_path / "a" / "rejects.csv")
+    assert [r.study_id for r in rejects] == ["case-1"] and rejects[0].reason
+    assert "case-1" not in [r.study_id for r in open_store(tmp_path / "a").records]
+    dataset = json.loads((tmp_path / "a" / "dataset.json").read_text())
+    assert dataset["refused"] == [{"study_id": "case-1", "code": rejects[0].code}]
+    assert dataset["counts"]["refused_by_code"] == {rejects[0].code: 1}
+
+
+def test_no_path_of_a_source_is_in_any_output(manifest, tmp_path):
+    (tmp_path / "case-1_T1w.nii").write_bytes(b"no volume")
+    run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    for path in (tmp_path / "a").iterdir():
+        assert b".nii" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_study_that_was_mended_enters_at_the_next_run(manifest, tmp_path):
+    run_shard(manifest, tmp_path / "whole", PREPARE, CONFIG)
+    path = tmp_path / "case-1_T1w.nii"
+    good = path.read_bytes()
+    path.unlink()
+    assert run_shard(manifest, tmp_path / "a", PREPARE, CONFIG).num_refused == 1
+    again = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    assert (again.num_refused, again.num_reused) == (1, again.num_shards)
+    path.write_bytes(good)
+    mended = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    assert (mended.num_refused, mended.num_reused) == (0, 2)
+    assert content(tmp_path / "a") == content(tmp_path / "whole")
+
+
+def test_shard_whose_every_study_is_refused_is_left_out(manifest, tmp_path):
+    (tmp_path / "case-1_T1w.nii").unlink()
+    summary = run_shard(manifest, tmp_path / "a", PREPARE, ShardConfig(studies_per_shard=1))
+    assert (summary.num_shards, len(list((tmp_path / "a").glob("*.tar")))) == (4, 4)
+    assert len(open_store(tmp_path / "a").records) == 4
+
+
+def test_nothing_left_is_an_error_after_the_reasons_are_written(manifest, tmp_path):
+    run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    for path in tmp_path.glob("*.nii"):
+        path.unlink()
+    other = PrepareConfig(spacing_mm=None, box_multiple_vox=8)
+    with pytest.raises(ShardError, match="refused all 5"):
+        run_shard(manifest, tmp_path / "a", other, CONFIG)
+    assert len(read_ledger(tmp_path / "a" / "rejects.csv")) == 5
+    with pytest.raises(ShardError, match=r"dataset\.json"):
+        open_store(tmp_path / "a")
+
+
+def test_another_config_makes_other_shards_and_removes_the_old(manifest, tmp_path):
+    first = run_shard(manifest, tmp_path / "a", PREPARE, ShardConfig(studies_per_shard=1))
+    second = run_shard(manifest, tmp_path / "a", replace(PREPARE, box_multiple_vox=16), CONFIG)
+    assert second.num_reused == 0 and second.fingerprint != first.fingerprint
+    assert len(list((tmp_path / "a").glob("*.tar"))) == 3
+    assert open_store(tmp_path / "a").verify() == []
+
+
+def test_data_set_is_withdrawn_while_its_shards_change(manifest, tmp_path):
+    run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    seen = []
+
+    def progress(done, total):
+        seen.append((done, total, (tmp_path / "a" / "dataset.json").is_file()))
+
+    run_shard(
+        manifest,
+        tmp_path / "a",
+        replace(PREPARE, box_multiple_vox=16),
+        CONFIG,
+        on_progress=progress,
+    )
+    assert [s[:2] for s in seen] == [(n, 5) for n in range(1, 6)]
+    assert seen[-1][2] is False
+
+
+def test_second_writer_is_refused(manifest, tmp_path):
+    def progress(done, total):
+        with pytest.raises(ShardError, match="another process"):
+            run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+
+    run_shard(manifest, tmp_path / "a", PREPARE, CONFIG, on_progress=progress)
+
+
+def test_missing_manifest_is_a_manifest_error(tmp_path):
+    with pytest.raises(ManifestError):
+        run_shard(tmp_path, tmp_path / "a", PREPARE, CONFIG)
+
+
+def test_a_bug_is_not_taken_for_a_bad_study(manifest, tmp_path, monkeypatch):
+    def broken(*_args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("anycontrast_datasets.shard_task.prepare_study", broken)
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    assert any("case-" in note for note in caught.value.__notes__)
+    assert not list((tmp_path / "a").glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize(
+    "values", [{"studies_per_shard": 0}, {"num_workers": -1}, {"codec": "gzip"}, {"level": 10}]
+)
+def test_bad_config_is_refused(values):
+    with pytest.raises(ValueError, match=f"shard.{next(iter(values))}"):
+        ShardConfig(**values)
+
+
+@pytest.mark.cluster
+def test_ray_gives_the_same_bytes(manifest, tmp_path):
+    (tmp_path / "case-1_T1w.nii").unlink()
+    here = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    steps = []
+    there = run_shard(
+        manifest,
+        tmp_path / "b",
+        PREPARE,
+        replace(CONFIG, num_workers=2),
+        on_progress=lambda done, total: steps.append((done, total)),
+    )
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert here == there
+    assert steps[-1] == (5, 5) and len(steps) == 3
+    import ray
+
+    assert not ray.is_initialized()
