@@ -29,14 +29,19 @@ _THIN_FIELD_MM = 40.0
 """One axis below this holds no brain; smallest real slab 90 mm."""
 
 _CSF_BRIGHT = 0.9
-"""95th percentile over median, minus 1, deep in the head: T2w 1.43-2.08, FLAIR 0.23-0.34."""
-_CSF_BRIGHT_FLAIR = 0.5
+"""95th percentile over median, minus 1, deep in the head, lesser side: T2w 1.41-1.73,
+b0 1.00."""
+_CSF_BRIGHT_OVER_DARK = 2.5
+"""Bright over dark tail: T2w 3.1-6.8, b0 2.6."""
+_CSF_BRIGHT_FLAIR = 0.55
+"""The same as _CSF_BRIGHT, greater side: FLAIR 0.24-0.36."""
 _CSF_DARK_FLAIR = 0.35
 """1 minus 5th percentile over median: FLAIR 0.50-0.87."""
 _DEPTH_BELOW_TOP_MM = 60.0
 _CENTRAL_HALF_AXES_MM = (25.0, 45.0, 20.0)
 """An ellipsoid about the lateral ventricles, with white matter around them."""
 _MIN_CENTRAL_VOXELS = 200
+_SURFACE_MM = 6.0
 
 _UNIFORM_IQR = 0.10
 """Interquartile range over median of the core: test object 0.05, brains 0.14-0.94."""
@@ -162,27 +167,38 @@ def _test_uniformity(
 
 
 def _test_csf(head: _Head) -> tuple[str | None, tuple[str, ...]]:
-    """Tell T2w from FLAIR by the bright and the dark tail around the ventricles."""
-    central = _central_voxels(head)
-    if central.size < _MIN_CENTRAL_VOXELS or np.median(central) <= 0:
+    """Tell T2w from FLAIR by the bright and the dark tail around the ventricles.
+
+    T2w wants its bright tail on both sides and well above the dark one, so that a one-sided bright
+    lesion of a FLAIR, whose ventricles are dark, does not pass for fluid.
+    """
+    left, right = _central_voxels(head)
+    if min(left.size, right.size) < _MIN_CENTRAL_VOXELS / 2:
         return None, ()
-    low, middle, high = (float(q) for q in np.percentile(central, [5, 50, 95]))
-    bright, dark = high / middle - 1, 1 - low / middle
-    numbers = f"deep bright tail {bright:.2f}, dark tail {dark:.2f}"
-    if bright > _CSF_BRIGHT and bright > 1.5 * dark:
+    low, middle = (float(q) for q in np.percentile(np.concatenate([left, right]), [5, 50]))
+    if middle <= 0:
+        return None, ()
+    sides = [float(np.percentile(side, 95)) / middle - 1 for side in (left, right)]
+    dark = 1 - low / middle
+    numbers = f"deep bright tails {sides[0]:.2f} and {sides[1]:.2f}, dark tail {dark:.2f}"
+    if min(sides) > max(_CSF_BRIGHT, _CSF_BRIGHT_OVER_DARK * dark):
         return "T2w", (f"picture: fluid brighter than brain as in T2w ({numbers})",)
-    if bright < _CSF_BRIGHT_FLAIR and dark > _CSF_DARK_FLAIR:
+    if max(sides) < _CSF_BRIGHT_FLAIR and dark > _CSF_DARK_FLAIR:
         return "FLAIR", (f"picture: fluid darker than brain as in FLAIR ({numbers})",)
     return None, ()
 
 
-def _central_voxels(head: _Head) -> FloatArray:
-    """Return the voxels about the ventricles, 60 mm below the top of the head, minus air."""
+def _central_voxels(head: _Head) -> tuple[FloatArray, FloatArray]:
+    """Return the voxels about the ventricles, left and right, minus air.
+
+    They lie 60 mm below the top of the head; voxels at its surface, and in open fissures of a
+    stripped brain, are left out.
+    """
     top = int(np.argwhere(head.inside.any(axis=(0, 1))).max())
     heights = (np.arange(head.inside.shape[2]) - top) * head.spacing_mm[2] + _DEPTH_BELOW_TOP_MM
     slab = head.inside[:, :, np.abs(heights) <= 15.0]
     if not slab.any():
-        return np.empty(0, dtype=np.float32)
+        return np.empty(0, dtype=np.float32), np.empty(0, dtype=np.float32)
     centre = np.argwhere(slab).mean(axis=0)
     distances = [
         (np.arange(head.inside.shape[0]) - centre[0]) * head.spacing_mm[0],
@@ -191,4 +207,7 @@ def _central_voxels(head: _Head) -> FloatArray:
     ]
     x, y, z = (d / a for d, a in zip(distances, _CENTRAL_HALF_AXES_MM, strict=True))
     near = x[:, None, None] ** 2 + y[None, :, None] ** 2 + z[None, None, :] ** 2 < 1
-    return cast(FloatArray, head.array[near] - np.float32(head.air))
+    near &= head.depth_mm > _SURFACE_MM
+    image = head.array - np.float32(head.air)
+    left = x < 0
+    return image[left][near[left]], image[~left][near[~left]]
