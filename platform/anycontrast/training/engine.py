@@ -295,11 +295,13 @@ def prepare_deepspeed() -> None:
     # The default cache is shared between environments and its lock outlives a killed build.
     cache = Path(sys.prefix) / "var" / "anycontrast" / "torch_extensions"
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed.ops
     from deepspeed.utils import logger as deepspeed_logger
 
-    deepspeed_logger.setLevel(logging.WARNING)
+    # Its warnings repeat what the loop reports with study ids.
+    deepspeed_logger.setLevel(logging.ERROR)
+    # Drop once DeepSpeed calls the successors of these collectives.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Compiled at first use (40 s) and never used: it needs a launcher that sets LOCAL_SIZE.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -332,10 +334,12 @@ def _deepspeed_config(
 @contextmanager
 def _launch_environment() -> Iterator[None]:
     """Give DeepSpeed the launcher variables it reads, for the ones nobody has set."""
+    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    # Read in every ZeRO-3 step, so it stays; the others would make the process look launched.
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     wanted = {
         "RANK": str(dist.get_rank()),
         "WORLD_SIZE": str(dist.get_world_size()),
-        "LOCAL_RANK": str(torch.cuda.current_device() if torch.cuda.is_available() else 0),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }

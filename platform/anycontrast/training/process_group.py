@@ -4,6 +4,7 @@ Ray Train initialises torch.distributed in its workers; torchrun sets the enviro
 process gets a one-rank group on an in-process store, which opens no port.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,10 +36,17 @@ def device() -> torch.device:
 
 @contextmanager
 def process_group(*, timeout_s: float = 1800.0) -> Iterator[None]:
-    """Make sure a process group exists inside the block; leave an adopted one alone afterwards."""
-    if dist.is_initialized():
-        yield
-        return
+    """Run the block in a process group: the one there is, or one made here.
+
+    One made here stays until the process ends, also after the block: DeepSpeed keeps handles to
+    groups derived from it, and a finetuning may follow the pretraining in the same process.
+    """
+    if not dist.is_initialized():
+        _join(timeout_s)
+    yield
+
+
+def _join(timeout_s: float) -> None:
     is_launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -50,9 +58,11 @@ def process_group(*, timeout_s: float = 1800.0) -> Iterator[None]:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
-    try:
-        yield
-    finally:
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
