@@ -31,6 +31,9 @@ Spacing = tuple[float, float, float]
 _ATLAS_TISSUES = ("gm", "wm", "csf", "bone", "scalp")
 _MARGIN_MM = 14.0
 _SHELL_MM = 16.0
+# Lateral and third ventricles in MNI mm: centre and reach of their enlargement.
+_VENTRICLES_MM = (0.0, -12.0, 14.0)
+_VENTRICLES_REACH_MM = (20.0, 34.0, 18.0)
 # Threads that start together would each read the atlas.
 _ATLAS_LOCK = threading.Lock()
 
@@ -213,30 +216,54 @@ def _deformed_coordinates(
     centre = (atlas.box_mm[0] + atlas.box_mm[1]) / 2.0
     stretch = np.diag(np.exp(rng.normal(0.0, 0.025) + rng.normal(0.0, 0.02, 3)))
     linear = stretch + np.clip(rng.normal(0.0, 0.015, (3, 3)), -0.03, 0.03)
-    to_atlas = np.linalg.inv(atlas.affine)
+    to_atlas: MatrixArray = np.asarray(np.linalg.inv(atlas.affine), dtype=np.float64)
     matrix = to_atlas[:3, :3] @ linear
     offset = matrix @ (affine[:3, 3] - centre) + to_atlas[:3, :3] @ centre + to_atlas[:3, 3]
     axes = [np.arange(n, dtype=np.float32) * s for n, s in zip(shape, spacing_mm, strict=True)]
-    moved = [3.0 * smooth_field(rng, shape, spacing_mm, correlation_mm=40.0) for _ in range(3)]
-    return np.stack(
+    places = np.stack(
         [
             axes[0][:, None, None] * np.float32(matrix[row, 0])
             + axes[1][None, :, None] * np.float32(matrix[row, 1])
             + axes[2][None, None, :] * np.float32(matrix[row, 2])
             + np.float32(offset[row])
-            + moved[row] * np.float32(to_atlas[row, row])
             for row in range(3)
         ]
     )
+    for row in range(3):
+        moved = smooth_field(rng, shape, spacing_mm, correlation_mm=40.0)
+        places[row] += np.float32(3.0 * to_atlas[row, row]) * moved
+    _enlarge_ventricles(places, to_atlas, np.float32(rng.uniform(0.05, 0.40)))
+    return places
+
+
+def _enlarge_ventricles(
+    places: npt.NDArray[np.float32], to_atlas: MatrixArray, shrink: np.float32
+) -> None:
+    """Spread the atlas ventricles over a larger part of the head, as in the old; in place.
+
+    Args:
+        places: atlas voxel coordinates [3, X, Y, Z].
+        to_atlas: MNI mm -> atlas voxel.
+        shrink: by which share the coordinates draw together at the centre, below 1.
+    """
+    centre = to_atlas[:3, :3] @ np.array(_VENTRICLES_MM) + to_atlas[:3, 3]
+    reach = np.abs(np.diag(to_atlas)[:3]) * _VENTRICLES_REACH_MM
+    exponent = np.zeros(places.shape[1:], dtype=np.float32)
+    for row in range(3):
+        exponent += ((places[row] - np.float32(centre[row])) / np.float32(reach[row])) ** 2
+    pull = shrink * np.exp(-0.5 * exponent)
+    for row in range(3):
+        places[row] -= pull * (places[row] - np.float32(centre[row]))
 
 
 def _add_veins(fractions_KXYZ: FloatArray, spacing_mm: Spacing, rng: np.random.Generator) -> None:
     """Thread random thin veins through the brain: where two smooth fields are both near zero."""
     shape = fractions_KXYZ.shape[1:]
     first, second = (smooth_field(rng, shape, spacing_mm, correlation_mm=14.0) for _ in range(2))
-    # A vein about 1.5 mm wide: its partial volume falls with the square of the voxel's edge.
-    peak = min(0.8, (2.2 / float(np.cbrt(np.prod(spacing_mm)))) ** 2)
-    width = 0.055 * max(1.0, max(spacing_mm) / 2.0)
+    # A vein of 3.5 mm^2, blurred to what the grid can show; the fields fall by 0.11 per mm.
+    blur_mm = max(0.6, 0.4 * max(spacing_mm))
+    peak = min(0.8, 3.5 / (2.0 * np.pi * blur_mm**2))
+    width = 0.11 * blur_mm
     brain = fractions_KXYZ[[TISSUE_NAMES.index(name) for name in ("gm", "wm", "csf")]].sum(axis=0)
     vein = peak * np.exp(-(first**2 + second**2) / (2.0 * width**2)) * (brain > 0.5)
     fractions_KXYZ *= 1.0 - vein

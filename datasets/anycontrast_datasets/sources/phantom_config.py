@@ -84,9 +84,9 @@ class PhantomConfig:
             value = getattr(self, name)
             if value < low:
                 raise ValueError(f"phantom.{name} must be >= {low}, got {value}; raise it")
-        if any(not (math.isfinite(s) and 0.5 <= s <= 12.0) for s in self.spacing_mm):
+        if any(not (math.isfinite(s) and 0.5 <= s <= 10.0) for s in self.spacing_mm):
             raise ValueError(
-                f"phantom.spacing_mm must lie in 0.5 .. 12 mm per axis, got {self.spacing_mm}; "
+                f"phantom.spacing_mm must lie in 0.5 .. 10 mm per axis, got {self.spacing_mm}; "
                 "3 suits a demo, 1 a full-size run"
             )
         for name in ("lesion_fraction", "infarct_fraction"):

@@ -72,7 +72,8 @@ class Protocol:
     b_value_s_mm2: float | None = None
     has_agent: bool = False
     spacing_factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Multiples of the configured spacing along R, A, S; the last is the slice axis."""
+    """Multiples of the configured spacing along R, A, S; the last is the slice axis, kept below
+    8 mm where the spacing allows."""
     orientation: str = "RAS"
     """Directions in which the stored array's axes run."""
     is_scanner_aligned: bool = True
@@ -188,8 +189,8 @@ def site_protocols(seed: int, site: int) -> dict[str, Protocol]:
         t1w,
         replace(t1w, contrast="T1wCE", has_agent=True),
         Protocol(
-            contrast="T2w", sequence="spin_echo", field_t=field_t, te_s=between(0.085, 0.110),
-            tr_s=between(4.0, 6.0), spacing_factor=slices(1.0), orientation="LPS",
+            contrast="T2w", sequence="spin_echo", field_t=field_t, te_s=between(0.095, 0.120),
+            tr_s=between(5.0, 8.0), spacing_factor=slices(1.0), orientation="LPS",
             is_scanner_aligned=False,
         ),
         flair,

@@ -3,8 +3,8 @@
 Tissue signals are mixed on the working grid, sampled on the acquisition grid (averaged over the
 slice thickness), turned into a magnitude, shaded by the receive field, given noise and stored as
 int16 in the orientation of the protocol. All images of a study share the head's pose in scanner
-mm. Gives up: motion, distortion, k-space artefacts, fat suppression; the main
-field runs along the head.
+mm. Gives up: motion, distortion, k-space artefacts, fat suppression; the main field runs along the
+head.
 """
 
 import math
@@ -41,6 +41,8 @@ from anycontrast_datasets.sources.phantom_physics import (
     susceptibility_phase,
 )
 
+# Nobody plans thicker slices; matters only where the configured spacing is coarse.
+_MAX_THICKNESS_MM = 8.0
 _DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
@@ -118,13 +120,14 @@ def _plan_grid(config: PhantomConfig, plan: StudyPlan, head: Head, protocol: Pro
     work_shape = np.array(head.fractions_KXYZ.shape[1:])
     extent_mm = work_shape * head.spacing_mm
     spacing = np.array(head.spacing_mm) * protocol.spacing_factor
+    spacing[2] = max(head.spacing_mm[2], min(spacing[2], _MAX_THICKNESS_MM))
     shape = np.ceil(extent_mm / spacing).astype(int)
     centre = head.affine[:3, :3] @ ((work_shape - 1) / 2.0) + head.affine[:3, 3]
     centre = centre + axes @ (rng.uniform(-0.5, 0.5, 3) * spacing)
     affine = np.eye(4)
     affine[:3, :3] = axes * spacing
     affine[:3, 3] = centre - affine[:3, :3] @ ((shape - 1) / 2.0)
-    num_slabs = math.ceil(protocol.spacing_factor[2])
+    num_slabs = math.ceil(spacing[2] / head.spacing_mm[2] - 1e-6)
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine, num_slabs)
 
 
@@ -173,7 +176,7 @@ def _acquire(
         image = np.asarray(np.hypot(image + noise[0], noise[1]), dtype=np.float32)
         gain = _site_gain(config, plan) / brightest
     if not config.skull:
-        image *= _sample(head, head.brain, grid) > 0.5
+        image *= (_sample(head, head.brain, grid) > 0.5).astype(np.float32)
     stored = np.clip(np.rint(image * gain), 0, np.iinfo(np.int16).max).astype(np.int16)
     sidecar = {**protocol.sidecar(), "SkullStripped": not config.skull}
     return _store(head, stored, grid, protocol, sidecar)
@@ -183,15 +186,15 @@ def _mix(
     head: Head, signal_K: npt.NDArray[np.float64], protocol: Protocol, tissues: dict[str, Tissue]
 ) -> FloatArray:
     """Signal of every working voxel: the fractions' weighted sum; SWI also weighs by phase."""
-    mixed = np.tensordot(signal_K.astype(np.float32), head.fractions_KXYZ, axes=1)
+    mixed: FloatArray = np.tensordot(signal_K.astype(np.float32), head.fractions_KXYZ, axes=1)
     if protocol.contrast == "SWI":
         ppm_K = np.array([tissues[n].susceptibility_ppm for n in TISSUE_NAMES], dtype=np.float32)
         ppm = np.tensordot(ppm_K, head.fractions_KXYZ, axes=1)
         phase = susceptibility_phase(
             ppm, head.spacing_mm, field_t=protocol.field_t, te_s=protocol.te_s
         )
-        mixed = mixed * phase_weight(phase)
-    return np.asarray(mixed, dtype=np.float32)
+        mixed = mixed * phase_weight(phase).astype(np.float32)
+    return np.asarray(mixed)
 
 
 def _diffusivity(
