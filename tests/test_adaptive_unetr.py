@@ -1,5 +1,6 @@
 """Adaptive UNETR: any contrasts in any order, alone or packed, any power-of-two patch."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -68,7 +69,9 @@ def tiny_model(patch_vox: Triple = (8, 8, 8), *, depth: int = 2) -> AMAEConfig:
     return AMAEConfig(preset="tiny", width=64, depth=depth, num_heads=1, patch_vox=patch_vox)
 
 
-def tiny_segmenter(window_vox: Triple = (16, 16, 8), patch_vox: Triple = (8, 8, 8)) -> AdaptiveUNETR:
+def tiny_segmenter(
+    window_vox: Triple = (16, 16, 8), patch_vox: Triple = (8, 8, 8)
+) -> AdaptiveUNETR:
     torch.manual_seed(0)
     config = SegmenterConfig(window_vox=window_vox, feature_size=4, regions={"a": [1], "b": [1, 2]})
     model = build_segmenter(config, tiny_model(patch_vox))
@@ -102,9 +105,7 @@ def test_which_contrast_a_volume_is_does_matter() -> None:
     study = make_study("a", ("T1w",))
     renamed = replace(
         study,
-        record=replace(
-            study.record, volumes=(replace(study.record.volumes[0], contrast="FLAIR"),)
-        ),
+        record=replace(study.record, volumes=(replace(study.record.volumes[0], contrast="FLAIR"),)),
         codes={"FLAIR": study.codes["T1w"]},
     )
     with torch.no_grad():
@@ -209,9 +210,15 @@ def test_window_and_patch_must_fit() -> None:
         build_segmenter(SegmenterConfig(window_vox=(12, 12, 12)), tiny_model((6, 6, 6)))
 
 
-def test_model_config_survives_json() -> None:
-    import json
+def test_channels_keep_their_order_when_a_file_sorts_its_keys() -> None:
+    config = SegmenterConfig(window_vox=(16, 16, 8), regions={"whole": [1, 2], "core": [1]})
+    stored = json.dumps(segmenter_model_config(config, tiny_model()), sort_keys=True)
+    loaded, _ = parse_segmenter_model_config(json.loads(stored))
+    first, second = (build_segmenter(c, tiny_model()).regions for c in (config, loaded))
+    assert list(first.items()) == list(second.items()) == [("core", [1]), ("whole", [1, 2])]
 
+
+def test_model_config_survives_json() -> None:
     config = SegmenterConfig(window_vox=(16, 16, 8), regions={"whole": [1, 2], "core": [1]})
     stored = json.loads(json.dumps(segmenter_model_config(config, tiny_model())))
     assert parse_segmenter_model_config(stored) == (config, tiny_model().resolved())

@@ -126,5 +126,5 @@ def test_the_loss_curve_reads_what_has_the_number(tmp_path: Path) -> None:
     assert panels._read_curve(source, "loss") == ([0, 1, 2, 3, 4], [1.0, 0.5, 1 / 3, 0.25, 0.2])
     panels.loss_curve(source, tmp_path / "loss.png")
     assert png_size(tmp_path / "loss.png") == (600, 350)
-    with pytest.raises(ValueError, match="no line of metrics.jsonl"):
+    with pytest.raises(ValueError, match=r"no line of metrics\.jsonl"):
         panels.loss_curve(source, tmp_path / "none.png", key="accuracy")

@@ -27,8 +27,8 @@ class SegmenterConfig:
     head: Literal["adaptive", "unetr"] = "adaptive"
     """`adaptive` takes any subset of contrasts; `unetr` takes fixed channels, zeros for missing."""
     regions: dict[str, list[int]] = field(default_factory=dict)
-    """Region name -> label values it is made of, in the order of the output channels; empty means
-    one region `lesion` of every label value above 0."""
+    """Region name -> label values it is made of; empty means one region `lesion` of every label
+    value above 0. Output channels are in the order of `region_values`."""
     contrasts: list[str] = field(default_factory=list)
     """Channel order of the `unetr` head, vocabulary names. Not used by `adaptive`."""
     window_vox: tuple[int, int, int] = (128, 128, 128)
@@ -59,8 +59,12 @@ class SegmenterConfig:
 
     @property
     def region_values(self) -> dict[str, list[int]]:
-        """`regions` with the default filled in: never empty."""
-        return self.regions or {"lesion": list(range(1, 256))}
+        """`regions` with the default filled in, sorted by name: the order of the output channels.
+
+        Sorted, because JSON writers may sort keys: no stored file can swap channels.
+        """
+        regions = self.regions or {"lesion": list(range(1, 256))}
+        return {name: regions[name] for name in sorted(regions)}
 
 
 @dataclass(frozen=True)
