@@ -285,6 +285,12 @@ def test_token_estimate_of_a_crop_scales_the_occupied_share() -> None:
     assert estimate_tokens(record, ("T1w",), patch, crop_vox=(16, 16, 16)) == 4 * 4 * 4 / 2
 
 
+def test_token_estimate_counts_the_patches_kept_of_an_empty_volume() -> None:
+    codes = {"T1w": np.ones((16, 8, 8), np.int16), "FLAIR": np.zeros((16, 8, 8), np.int16)}
+    record = make_study("a", codes).record
+    assert estimate_tokens(record, ("T1w", "FLAIR"), (4, 8, 8)) == 4 + 2
+
+
 @given(
     costs=st.lists(st.integers(0, 50), min_size=1, max_size=9),
     num_packs=st.integers(1, 4),

@@ -217,6 +217,14 @@ def test_another_seed_or_another_epoch_gives_other_crops_and_orders() -> None:
     assert not same_batch(first.packs[0], other.packs[0])
 
 
+def test_a_study_is_cropped_and_flipped_anew_in_every_epoch() -> None:
+    config = StreamConfig(studies_per_step=1, crop_vox=(4, 4, 4), flip_axes=[0, 1, 2])
+    steps = serve(MemoryStore([make_study(3)]), config, 8)
+    assert [step.epoch for step in steps] == list(range(8))
+    places = {tuple(step.packs[0].position_mm_T3[0].tolist()) for step in steps}
+    assert len(places) > 1
+
+
 def test_packs_of_a_step_are_balanced_by_their_tokens() -> None:
     sizes = [
         make_study(n, contrasts=CONTRASTS[: 1 + n % 2 * 3]) for n in (2, 6, 10, 14, 7, 11, 3, 15)
