@@ -95,6 +95,7 @@ def _oblique() -> npt.NDArray[np.float64]:
         (280, "f", (float("nan"),), "nonfinite_affine"),
         (292, "f", (float("inf"),), "nonfinite_affine"),
         (280, "4f", (0, 0, 0, 0), "singular_affine"),
+        (292, "f", (-1e30,), "origin_out_of_range"),
         (280, "f", (1e20,), "spacing_out_of_range"),
         (280, "f", (0.01,), "spacing_out_of_range"),
         (344, "4s", (b"ni1\0",), "unsupported_format"),

@@ -5,8 +5,8 @@ Every size is computed in Python integers, so no claim can overflow or reserve m
 the free text (descrip, aux_file, extensions) is ever read.
 
 What a lone header cannot prove: a changed offset or rotation when only one of sform and qform is
-set, a changed intensity scale, a changed type of the same width. The first is flagged when both
-forms are set and differ; scaling in the header is flagged; the manifest's sha256 sees the rest.
+set (or both in the same way), a changed intensity scale, a changed type of the same width. Forms
+that differ are flagged, so is any scaling; the manifest's sha256 sees the rest.
 
 Source: nifti1.h and nifti2.h (nifti.nimh.nih.gov), field offsets in the tables below.
 """
@@ -24,6 +24,7 @@ from anycontrast_datasets.study import VolumeError
 HEADER_BYTES = 540
 """Bytes that `parse_header` wants to see; NIfTI-1 needs the first 348 of them only."""
 SPACING_RANGE_MM = (0.1, 15.0)
+MAX_ORIGIN_MM = 1e5
 FORM_TOLERANCE_MM = 0.02
 """sform and qform may place a corner of the volume this far apart (float32 quaternions)."""
 
@@ -114,7 +115,8 @@ def parse_header(head: bytes, path: Path, *, max_bytes: int) -> VolumeHeader:
 
     Raises:
         VolumeError: codes truncated, unreadable_header, too_large, header_data_mismatch,
-            nonfinite_affine, singular_affine, spacing_out_of_range, unsupported_format.
+            nonfinite_affine, singular_affine, spacing_out_of_range, origin_out_of_range,
+            unsupported_format.
     """
     version, order = _version(head, path)
     values = _unpack(head, version, order)
@@ -267,6 +269,8 @@ def _geometry(
             flags = ("geometry_disagreement",)
     elif codes[1]:
         affine = qform
+        if any(values["srow"]) and not _agree(sform, qform, shape):
+            flags = ("geometry_disagreement",)
     else:
         affine, flags = _pixdim_affine(values, shape), ("orientation_unknown",)
     check_affine(affine, path)
@@ -336,7 +340,7 @@ def check_affine(affine: npt.NDArray[np.float64], path: Path) -> None:
     """Refuse an affine that is not finite, not invertible, or of unbelievable spacing."""
     if not np.all(np.isfinite(affine)):
         raise VolumeError(
-            f"reading {path}: the affine must be finite, found {affine[:3].tolist()}; "
+            f"checking {path}: the affine must be finite, found {affine[:3].tolist()}; "
             "export the image again with its orientation",
             code="nonfinite_affine",
         )
@@ -344,13 +348,19 @@ def check_affine(affine: npt.NDArray[np.float64], path: Path) -> None:
     low, high = SPACING_RANGE_MM
     if not np.all((norms >= low) & (norms <= high)):
         raise VolumeError(
-            f"reading {path}: spacing must be {low}-{high} mm in every axis, found "
+            f"checking {path}: spacing must be {low}-{high} mm in every axis, found "
             f"{tuple(round(float(n), 6) for n in norms)}; correct the header or exclude the file",
             code="singular_affine" if np.any(norms == 0) else "spacing_out_of_range",
         )
+    if np.abs(affine[:3, 3]).max() > MAX_ORIGIN_MM:
+        raise VolumeError(
+            f"checking {path}: the first voxel must lie within {MAX_ORIGIN_MM:g} mm of the "
+            f"origin, found {affine[:3, 3].tolist()}; correct the header or exclude the file",
+            code="origin_out_of_range",
+        )
     if abs(np.linalg.det(affine[:3, :3] / norms)) < 1e-3:
         raise VolumeError(
-            f"reading {path}: the affine must be invertible, found axes in one plane "
+            f"checking {path}: the affine must be invertible, found axes in one plane "
             f"{affine[:3, :3].tolist()}; correct the header or exclude the file",
             code="singular_affine",
         )
