@@ -83,7 +83,7 @@ def test_a_pack_is_consistent_with_itself(config: MaskingConfig) -> None:
 
 @pytest.mark.parametrize(
     ("length", "hidden_fraction", "visible"),
-    [(512, 0.7, 153), (10, 0.7, 3), (10, 0.9, 1), (100, 0.75, 25), (2, 0.7, 1), (3, 0.1, 2)],
+    [(512, 0.7, 153), (10, 0.7, 3), (20, 0.9, 2), (100, 0.75, 25), (2, 0.7, 1), (3, 0.1, 2)],
 )
 def test_per_contrast_budget_is_exact(length: int, hidden_fraction: float, visible: int) -> None:
     config = MaskingConfig(hidden_fraction=hidden_fraction)
