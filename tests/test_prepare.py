@@ -1,21 +1,29 @@
 """Preparation: one grid, one box, codes that give the values back."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from anycontrast_datasets.intensity import encode, foreground_mask, unpack_occupancy
 from anycontrast_datasets.prepare import PrepareConfig, prepare_study, prepare_volumes
-from anycontrast_datasets.study import Label, Study, StudyError, Volume
+from anycontrast_datasets.study import Label, Study, StudyArrays, StudyError, Volume
 from anycontrast_datasets.volume import LoadedVolume, read_volume, sha256_file, write_volume
 
+Triple = tuple[int, int, int]
 REAL = Path(__file__).parents[2] / "shared" / "real_mri"
 CENTRE_MM = np.array([3.0, -4.0, 5.0])
 BLOB_MM = np.array([9.0, -10.0, 8.0])
 
 
-def affine(spacing=(1.0, 1.0, 1.0), shape=(40, 44, 48), angle=0.0, shift=(0.0, 0.0, 0.0)):
+def affine(
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    shape: Triple = (40, 44, 48),
+    angle: float = 0.0,
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+) -> npt.NDArray[np.float64]:
     """Return an affine whose grid centre lies at CENTRE_MM + shift, turned about z and x."""
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array(
@@ -27,12 +35,20 @@ def affine(spacing=(1.0, 1.0, 1.0), shape=(40, 44, 48), angle=0.0, shift=(0.0, 0
     return out
 
 
-def positions_mm(shape, matrix):
+def positions_mm(shape: Triple, matrix: npt.ArrayLike) -> npt.NDArray[np.float64]:
     ijk = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
     return ijk @ np.asarray(matrix)[:3, :3].T + np.asarray(matrix)[:3, 3]
 
 
-def head(shape, matrix, *, air=0.0, seed=0, radius_mm=16.0, gain=1.0):
+def head(
+    shape: Triple,
+    matrix: npt.NDArray[np.float64],
+    *,
+    air: float = 0.0,
+    seed: int = 0,
+    radius_mm: float = 16.0,
+    gain: float = 1.0,
+) -> npt.NDArray[np.float32]:
     """A ball of value ~200 with a bright blob at BLOB_MM; `air` is the noise around it."""
     mm = positions_mm(shape, matrix)
     rng = np.random.default_rng(seed)
@@ -44,12 +60,14 @@ def head(shape, matrix, *, air=0.0, seed=0, radius_mm=16.0, gain=1.0):
     return (values * gain).astype(np.float32)
 
 
-def loaded(array, matrix):
-    spacing = tuple(float(s) for s in np.linalg.norm(matrix[:3, :3], axis=0))
-    return LoadedVolume(array, matrix, array.shape, matrix, spacing)
+def loaded(array: npt.NDArray[np.float32], matrix: npt.NDArray[np.float64]) -> LoadedVolume:
+    x, y, z = (float(s) for s in np.linalg.norm(matrix[:3, :3], axis=0))
+    return LoadedVolume(array, matrix, array.shape, matrix, (x, y, z))
 
 
-def study_of(volumes, label=None, study_id="case-1"):
+def study_of(
+    volumes: dict[str, LoadedVolume], label: LoadedVolume | None = None, study_id: str = "case-1"
+) -> Study:
     return Study(
         study_id=study_id,
         dataset="made",
@@ -77,17 +95,19 @@ def study_of(volumes, label=None, study_id="case-1"):
     )
 
 
-def prepare(volumes, label=None, **config):
+def prepare(
+    volumes: dict[str, LoadedVolume], label: LoadedVolume | None = None, **config: Any
+) -> StudyArrays:
     return prepare_volumes(study_of(volumes, label), volumes, label, PrepareConfig(**config))
 
 
-def decoded(arrays, contrast):
+def decoded(arrays: StudyArrays, contrast: str) -> npt.NDArray[np.float64]:
     record = next(v for v in arrays.record.volumes if v.contrast == contrast)
     codes = arrays.codes[contrast]
     return np.where(codes == 0, 0, codes * record.scale + record.offset)
 
 
-def mixed_study():
+def mixed_study() -> dict[str, LoadedVolume]:
     """Four contrasts on four grids: 1 mm, anisotropic, oblique, oblique and shifted."""
     specs = {
         "T2w": ((40, 44, 16), (1.0, 1.0, 3.0), 0.0, (0, 0, 0)),
@@ -103,7 +123,9 @@ def mixed_study():
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.5, 1.5, 2.0), None])
-def test_a_blob_lies_at_the_same_millimetre_in_every_contrast(spacing):
+def test_a_blob_lies_at_the_same_millimetre_in_every_contrast(
+    spacing: tuple[float, float, float],
+) -> None:
     arrays = prepare(mixed_study(), spacing_mm=spacing)
     mm = positions_mm(arrays.record.shape, arrays.record.affine)
     for contrast in arrays.record.contrasts:
@@ -113,7 +135,7 @@ def test_a_blob_lies_at_the_same_millimetre_in_every_contrast(spacing):
         assert worst.max() <= 0.5, (contrast, centroid)
 
 
-def test_reference_follows_the_priority_and_sets_the_axes():
+def test_reference_follows_the_priority_and_sets_the_axes() -> None:
     volumes = mixed_study()
     arrays = prepare(volumes)
     assert arrays.record.reference == "T1w"
@@ -123,11 +145,11 @@ def test_reference_follows_the_priority_and_sets_the_axes():
     assert prepare({"GRE": volumes["T2w"]}, reference=["T1w"]).record.reference == "GRE"
 
 
-def test_contrasts_keep_the_order_of_the_study():
+def test_contrasts_keep_the_order_of_the_study() -> None:
     assert prepare(mixed_study()).record.contrasts == ("T2w", "T1w", "FLAIR", "ADC")
 
 
-def test_own_grid_is_kept_to_the_voxel():
+def test_own_grid_is_kept_to_the_voxel() -> None:
     matrix = affine()
     volume = loaded(head((40, 44, 48), matrix), matrix)
     arrays = prepare({"T1w": volume})
@@ -144,7 +166,7 @@ def test_own_grid_is_kept_to_the_voxel():
     np.testing.assert_array_equal(foreground, source != 0)
 
 
-def test_box_is_a_multiple_inside_the_field_of_view_when_it_fits():
+def test_box_is_a_multiple_inside_the_field_of_view_when_it_fits() -> None:
     arrays = prepare(mixed_study(), box_multiple_vox=8)
     assert all(n % 8 == 0 for n in arrays.record.shape)
     assert all(n <= room for n, room in zip(arrays.record.shape, (40, 44, 48), strict=True))
@@ -155,7 +177,7 @@ def test_box_is_a_multiple_inside_the_field_of_view_when_it_fits():
     )
 
 
-def test_box_larger_than_the_field_of_view_is_padded_with_background():
+def test_box_larger_than_the_field_of_view_is_padded_with_background() -> None:
     shape = (20, 21, 22)
     matrix = affine(shape=shape)
     volume = loaded(head(shape, matrix, radius_mm=100), matrix)
@@ -166,7 +188,7 @@ def test_box_larger_than_the_field_of_view_is_padded_with_background():
     np.testing.assert_allclose(mm[0], matrix[:3, 3], atol=1e-9)
 
 
-def test_outside_a_small_field_of_view_is_background():
+def test_outside_a_small_field_of_view_is_background() -> None:
     matrix = affine()
     slab = affine(shape=(40, 44, 10))
     volumes = {
@@ -181,7 +203,7 @@ def test_outside_a_small_field_of_view_is_background():
 
 
 @pytest.mark.parametrize("air", [0.0, 6.0])
-def test_foreground_is_the_head_with_and_without_noise_in_the_air(air):
+def test_foreground_is_the_head_with_and_without_noise_in_the_air(air: float) -> None:
     matrix = affine()
     volume = head((40, 44, 48), matrix, air=air)
     distance = np.linalg.norm(positions_mm(volume.shape, matrix) - CENTRE_MM, axis=-1)
@@ -190,7 +212,7 @@ def test_foreground_is_the_head_with_and_without_noise_in_the_air(air):
     assert not mask[distance > 22].any()
 
 
-def test_dark_middle_of_a_noisy_head_is_foreground():
+def test_dark_middle_of_a_noisy_head_is_foreground() -> None:
     matrix = affine()
     volume = head((40, 44, 48), matrix, air=3.0)
     distance = np.linalg.norm(positions_mm(volume.shape, matrix) - CENTRE_MM, axis=-1)
@@ -198,7 +220,7 @@ def test_dark_middle_of_a_noisy_head_is_foreground():
     assert foreground_mask(volume, (1, 1, 1))[distance < 6].all()
 
 
-def test_negative_voxels_of_a_stripped_brain_are_foreground_and_come_back():
+def test_negative_voxels_of_a_stripped_brain_are_foreground_and_come_back() -> None:
     matrix = affine()
     values = head((40, 44, 48), matrix)
     values[values != 0] -= 210
@@ -209,14 +231,14 @@ def test_negative_voxels_of_a_stripped_brain_are_foreground_and_come_back():
     assert arrays.record.volumes[0].num_foreground == np.count_nonzero(values) + 1
 
 
-def test_specks_of_noise_do_not_enlarge_the_box():
+def test_specks_of_noise_do_not_enlarge_the_box() -> None:
     matrix = affine(shape=(64, 64, 64))
     values = head((64, 64, 64), matrix, radius_mm=10)
     values[1, 2, 3] = values[60, 60, 60] = 4
     assert prepare({"T1w": loaded(values, matrix)}).record.shape == (32, 32, 32)
 
 
-def test_statistics_are_those_of_the_foreground():
+def test_statistics_are_those_of_the_foreground() -> None:
     matrix = affine()
     values = head((40, 44, 48), matrix)
     record = prepare({"T1w": loaded(values, matrix)}).record.volumes[0]
@@ -232,7 +254,7 @@ def test_statistics_are_those_of_the_foreground():
     assert z.min() == pytest.approx(low_z) and z.max() == pytest.approx(high_z)
 
 
-def test_outliers_saturate_but_not_in_a_measured_map():
+def test_outliers_saturate_but_not_in_a_measured_map() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(1000, 50, size=(40, 40, 40)).astype(np.float32)
     values[0, 0, 0] = 60_000
@@ -249,7 +271,7 @@ def test_outliers_saturate_but_not_in_a_measured_map():
         assert coded.codes.min() == 1
 
 
-def test_occupancy_names_exactly_the_blocks_with_foreground():
+def test_occupancy_names_exactly_the_blocks_with_foreground() -> None:
     arrays = prepare(mixed_study())
     for record in arrays.record.volumes:
         blocks = unpack_occupancy(record.occupancy, arrays.record.shape)
@@ -258,13 +280,14 @@ def test_occupancy_names_exactly_the_blocks_with_foreground():
             assert blocks[index] == arrays.codes[record.contrast][at].any()
 
 
-def test_label_keeps_its_values_and_its_place_and_is_inside_the_box():
+def test_label_keeps_its_values_and_its_place_and_is_inside_the_box() -> None:
     volumes = mixed_study()
     matrix = affine((0.8, 0.8, 1.2), (50, 55, 40), -0.2, (1.5, 2.5, -1.0))
     near = np.linalg.norm(positions_mm((50, 55, 40), matrix) - BLOB_MM, axis=-1)
     values = (4 * (near < 4) + 0 * near).astype(np.float32)
     values[20, 20, 20] = 255
     arrays = prepare(volumes, loaded(values, matrix))
+    assert arrays.label is not None
     assert arrays.label.dtype == np.uint8 and arrays.label.shape == arrays.record.shape
     assert arrays.record.label_values == (4, 255) and arrays.record.has_label
     mm = positions_mm(arrays.record.shape, arrays.record.affine)[arrays.label == 4]
@@ -272,7 +295,7 @@ def test_label_keeps_its_values_and_its_place_and_is_inside_the_box():
 
 
 @pytest.mark.parametrize("value", [0.5, -1.0, 256.0])
-def test_label_values_that_are_no_labels_are_refused(value):
+def test_label_values_that_are_no_labels_are_refused(value: float) -> None:
     matrix = affine()
     label = np.zeros((40, 44, 48), np.float32)
     label[3, 4, 5] = value
@@ -282,7 +305,7 @@ def test_label_values_that_are_no_labels_are_refused(value):
     assert caught.value.code == "label_values"
 
 
-def test_contrast_without_foreground_is_refused_by_name():
+def test_contrast_without_foreground_is_refused_by_name() -> None:
     matrix, far = affine(), affine(shift=(500, 0, 0))
     volumes = {
         "T1w": loaded(head((40, 44, 48), matrix), matrix),
@@ -293,7 +316,7 @@ def test_contrast_without_foreground_is_refused_by_name():
     assert caught.value.code == "empty_foreground"
 
 
-def test_constant_foreground_is_refused():
+def test_constant_foreground_is_refused() -> None:
     matrix = affine()
     values = (head((40, 44, 48), matrix) != 0).astype(np.float32)
     with pytest.raises(StudyError, match="must vary") as caught:
@@ -301,7 +324,7 @@ def test_constant_foreground_is_refused():
     assert caught.value.code == "empty_foreground"
 
 
-def test_box_beyond_the_limit_is_refused():
+def test_box_beyond_the_limit_is_refused() -> None:
     with pytest.raises(StudyError, match="max_shape") as caught:
         prepare(mixed_study(), max_shape=(16, 512, 512))
     assert caught.value.code == "box_too_large"
@@ -316,12 +339,12 @@ def test_box_beyond_the_limit_is_refused():
         {"reference": ["T9w"]},
     ],
 )
-def test_bad_config_is_refused(values):
+def test_bad_config_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         PrepareConfig(**values)
 
 
-def written_study(folder):
+def written_study(folder: Path) -> tuple[Study, dict[str, Path]]:
     """Write two contrasts and a label as files; return the study and where they are."""
     shape, matrix = (24, 26, 28), affine(shape=(24, 26, 28), angle=0.1)
     files, volumes = {}, []
@@ -353,7 +376,7 @@ def written_study(folder):
     return study, files
 
 
-def test_files_are_read_and_an_empty_label_is_a_label(tmp_path):
+def test_files_are_read_and_an_empty_label_is_a_label(tmp_path: Path) -> None:
     study, files = written_study(tmp_path)
     arrays = prepare_study(study, files, PrepareConfig())
     assert arrays.record.contrasts == ("T1w", "FLAIR")
@@ -361,7 +384,7 @@ def test_files_are_read_and_an_empty_label_is_a_label(tmp_path):
     np.testing.assert_array_equal(arrays.label, 0)
 
 
-def test_changed_file_is_refused_without_naming_its_path(tmp_path):
+def test_changed_file_is_refused_without_naming_its_path(tmp_path: Path) -> None:
     study, files = written_study(tmp_path)
     array = read_volume(files["FLAIR"]).array
     write_volume(files["FLAIR"], array + np.float32(1), affine(shape=array.shape, angle=0.1))
@@ -373,7 +396,9 @@ def test_changed_file_is_refused_without_naming_its_path(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "code"), [("cut", None), ("gone", None), ("unknown", "missing_file")]
 )
-def test_unreadable_file_is_refused_without_naming_its_path(tmp_path, damage, code):
+def test_unreadable_file_is_refused_without_naming_its_path(
+    tmp_path: Path, damage: str, code: str | None
+) -> None:
     study, files = written_study(tmp_path)
     if damage == "cut":
         files["T1w"].write_bytes(files["T1w"].read_bytes()[:-8])
@@ -387,7 +412,7 @@ def test_unreadable_file_is_refused_without_naming_its_path(tmp_path, damage, co
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_real_stripped_brain_keeps_every_nonzero_voxel():
+def test_real_stripped_brain_keeps_every_nonzero_voxel() -> None:
     folder = REAL / "openms_cross" / "patient19"
     if not folder.is_dir():
         pytest.skip("the real data are not here")
@@ -396,7 +421,8 @@ def test_real_stripped_brain_keeps_every_nonzero_voxel():
     }
     label = read_volume(folder / "lesion_mask.nii.gz", allow_constant=True)
     arrays = prepare(volumes, label, spacing_mm=None)
-    assert (label.array > 0).sum() == (arrays.label > 0).sum()
+    assert arrays.label is not None
+    assert np.count_nonzero(label.array) == np.count_nonzero(arrays.label)
     for record in arrays.record.volumes:
         nonzero = np.count_nonzero(volumes[record.contrast].array)
         assert nonzero * 0.999 <= record.num_foreground <= nonzero * 1.05

@@ -8,8 +8,10 @@ import re
 import signal
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from anycontrast_datasets.manifest import manifest_fingerprint, write_locations,
 from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.shard import ShardConfig, run_shard
 from anycontrast_datasets.store.reader import open_store
-from anycontrast_datasets.study import Label, ManifestError, ShardError, Study, Volume
+from anycontrast_datasets.study import Affine, Label, ManifestError, ShardError, Study, Volume
 from anycontrast_datasets.volume import sha256_file, write_volume
 
 CONTRASTS = (("T1w", "FLAIR"), ("T1w",), ("T2w", "ADC", "FLAIR"), ("T1wCE", "T2starw"), ("FLAIR",))
@@ -28,7 +30,9 @@ CONFIG = ShardConfig(studies_per_shard=2)
 MEMBER_NAME = re.compile(r"[a-z0-9_-]+\.([a-z0-9]+\.(i16b2|u8b2)|study\.json)")
 
 
-def volume_file(path, seed, spacing):
+def volume_file(
+    path: Path, seed: int, spacing: tuple[float, float, float]
+) -> tuple[tuple[int, int, int], Affine]:
     rng = np.random.default_rng(seed)
     shape = (20, 22, 24)
     ijk = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
@@ -39,7 +43,7 @@ def volume_file(path, seed, spacing):
 
 
 @pytest.fixture
-def manifest(tmp_path):
+def manifest(tmp_path: Path) -> Path:
     """Five studies as files, with a manifest; the third has a label."""
     files, studies = {}, []
     for number, names in enumerate(CONTRASTS):
@@ -79,7 +83,7 @@ def manifest(tmp_path):
     return write(tmp_path, studies, files)
 
 
-def write(tmp_path, studies, files):
+def write(tmp_path: Path, studies: list[Study], files: dict[tuple[str, str], Path]) -> Path:
     folder = tmp_path / "manifest"
     (folder / "private").mkdir(parents=True, exist_ok=True)
     write_manifest(studies, folder / "manifest.parquet")
@@ -88,14 +92,14 @@ def write(tmp_path, studies, files):
     return folder
 
 
-def content(folder):
+def content(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path(folder).iterdir())
     }
 
 
-def test_two_runs_give_the_same_bytes(manifest, tmp_path):
+def test_two_runs_give_the_same_bytes(manifest: Path, tmp_path: Path) -> None:
     first = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     second = run_shard(manifest, tmp_path / "b", PREPARE, CONFIG)
     assert content(tmp_path / "a") == content(tmp_path / "b")
@@ -104,7 +108,7 @@ def test_two_runs_give_the_same_bytes(manifest, tmp_path):
     assert (first.num_shards, first.num_reused) == (3, 0)
 
 
-def test_rerun_keeps_every_shard(manifest, tmp_path):
+def test_rerun_keeps_every_shard(manifest: Path, tmp_path: Path) -> None:
     run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     before = content(tmp_path / "a")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("shard-*")}
@@ -114,43 +118,43 @@ def test_rerun_keeps_every_shard(manifest, tmp_path):
     assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("shard-*")}
 
 
-def remove_receipt(out):
+def remove_receipt(out: Path) -> None:
     (out / "shard-000001.json").unlink()
 
 
-def remove_tar(out):
+def remove_tar(out: Path) -> None:
     (out / "shard-000000.tar").unlink()
 
 
-def flip_bit(out):
+def flip_bit(out: Path) -> None:
     path = out / "shard-000001.tar"
     damaged = bytearray(path.read_bytes())
     damaged[700] ^= 1
     path.write_bytes(damaged)
 
 
-def cut_tar(out):
+def cut_tar(out: Path) -> None:
     path = out / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def leave_temporaries(out):
+def leave_temporaries(out: Path) -> None:
     (out / "dataset.json").unlink()
     (out / "shard-000002.json").unlink()
     (out / "shard-000002.tar").rename(out / "shard-000002.tar.tmp-99999")
     (out / ".shard-000002.json.tmp-99999").write_text("{")
 
 
-def damage_receipt(out):
+def damage_receipt(out: Path) -> None:
     (out / "shard-000000.json").write_text('{"schema_version": 1}')
 
 
-def remove_dataset(out):
+def remove_dataset(out: Path) -> None:
     (out / "dataset.json").unlink()
     (out / "index.parquet").unlink()
 
 
-def add_stale_shard(out):
+def add_stale_shard(out: Path) -> None:
     (out / "shard-000007.tar").write_bytes(b"x")
 
 
@@ -167,7 +171,9 @@ def add_stale_shard(out):
         add_stale_shard,
     ],
 )
-def test_rerun_mends_what_an_accident_left(manifest, tmp_path, damage):
+def test_rerun_mends_what_an_accident_left(
+    manifest: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     out = tmp_path / "a"
     run_shard(manifest, out, PREPARE, CONFIG)
     before = content(out)
@@ -177,7 +183,7 @@ def test_rerun_mends_what_an_accident_left(manifest, tmp_path, damage):
     assert open_store(out).verify() == []
 
 
-def test_killed_run_ends_the_same_after_a_rerun(manifest, tmp_path):
+def test_killed_run_ends_the_same_after_a_rerun(manifest: Path, tmp_path: Path) -> None:
     config = ShardConfig(studies_per_shard=1)
     run_shard(manifest, tmp_path / "whole", PREPARE, config)
     out = tmp_path / "killed"
@@ -185,6 +191,7 @@ def test_killed_run_ends_the_same_after_a_rerun(manifest, tmp_path):
         target=run_shard, args=(manifest, out, PREPARE, config)
     )
     child.start()
+    assert child.pid is not None
     deadline = time.monotonic() + 60
     while not list(out.glob("shard-*.json")) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -194,7 +201,9 @@ def test_killed_run_ends_the_same_after_a_rerun(manifest, tmp_path):
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_studies_and_members_are_where_webdataset_and_tar_expect_them(manifest, tmp_path):
+def test_studies_and_members_are_where_webdataset_and_tar_expect_them(
+    manifest: Path, tmp_path: Path
+) -> None:
     run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     names, keys = [], []
     for path in sorted((tmp_path / "a").glob("*.tar")):
@@ -219,7 +228,7 @@ def test_studies_and_members_are_where_webdataset_and_tar_expect_them(manifest, 
     ]
 
 
-def test_records_are_in_manifest_order_whatever_the_layout(manifest, tmp_path):
+def test_records_are_in_manifest_order_whatever_the_layout(manifest: Path, tmp_path: Path) -> None:
     orders = []
     for size in (1, 2, 5):
         run_shard(manifest, tmp_path / str(size), PREPARE, ShardConfig(studies_per_shard=size))
@@ -227,7 +236,7 @@ def test_records_are_in_manifest_order_whatever_the_layout(manifest, tmp_path):
     assert orders == [[f"case-{n}" for n in range(5)]] * 3
 
 
-def test_a_bad_study_is_refused_counted_and_named(manifest, tmp_path):
+def test_a_bad_study_is_refused_counted_and_named(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "case-1_T1w.nii").write_bytes(b"no volume")
     summary = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     assert (summary.num_studies, summary.num_sharded, summary.num_refused) == (5, 4, 1)
@@ -239,14 +248,14 @@ def test_a_bad_study_is_refused_counted_and_named(manifest, tmp_path):
     assert dataset["counts"]["refused_by_code"] == {rejects[0].code: 1}
 
 
-def test_no_path_of_a_source_is_in_any_output(manifest, tmp_path):
+def test_no_path_of_a_source_is_in_any_output(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "case-1_T1w.nii").write_bytes(b"no volume")
     run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     for path in (tmp_path / "a").iterdir():
         assert b".nii" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
 
 
-def test_a_study_that_was_mended_enters_at_the_next_run(manifest, tmp_path):
+def test_a_study_that_was_mended_enters_at_the_next_run(manifest: Path, tmp_path: Path) -> None:
     run_shard(manifest, tmp_path / "whole", PREPARE, CONFIG)
     path = tmp_path / "case-1_T1w.nii"
     good = path.read_bytes()
@@ -260,14 +269,16 @@ def test_a_study_that_was_mended_enters_at_the_next_run(manifest, tmp_path):
     assert content(tmp_path / "a") == content(tmp_path / "whole")
 
 
-def test_shard_whose_every_study_is_refused_is_left_out(manifest, tmp_path):
+def test_shard_whose_every_study_is_refused_is_left_out(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "case-1_T1w.nii").unlink()
     summary = run_shard(manifest, tmp_path / "a", PREPARE, ShardConfig(studies_per_shard=1))
     assert (summary.num_shards, len(list((tmp_path / "a").glob("*.tar")))) == (4, 4)
     assert len(open_store(tmp_path / "a").records) == 4
 
 
-def test_nothing_left_is_an_error_after_the_reasons_are_written(manifest, tmp_path):
+def test_nothing_left_is_an_error_after_the_reasons_are_written(
+    manifest: Path, tmp_path: Path
+) -> None:
     run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     for path in tmp_path.glob("*.nii"):
         path.unlink()
@@ -279,7 +290,9 @@ def test_nothing_left_is_an_error_after_the_reasons_are_written(manifest, tmp_pa
         open_store(tmp_path / "a")
 
 
-def test_another_config_makes_other_shards_and_removes_the_old(manifest, tmp_path):
+def test_another_config_makes_other_shards_and_removes_the_old(
+    manifest: Path, tmp_path: Path
+) -> None:
     first = run_shard(manifest, tmp_path / "a", PREPARE, ShardConfig(studies_per_shard=1))
     second = run_shard(manifest, tmp_path / "a", replace(PREPARE, box_multiple_vox=16), CONFIG)
     assert second.num_reused == 0 and second.fingerprint != first.fingerprint
@@ -287,11 +300,11 @@ def test_another_config_makes_other_shards_and_removes_the_old(manifest, tmp_pat
     assert open_store(tmp_path / "a").verify() == []
 
 
-def test_data_set_is_withdrawn_while_its_shards_change(manifest, tmp_path):
+def test_data_set_is_withdrawn_while_its_shards_change(manifest: Path, tmp_path: Path) -> None:
     run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     seen = []
 
-    def progress(done, total):
+    def progress(done: int, total: int) -> None:
         seen.append((done, total, (tmp_path / "a" / "dataset.json").is_file()))
 
     run_shard(
@@ -305,21 +318,23 @@ def test_data_set_is_withdrawn_while_its_shards_change(manifest, tmp_path):
     assert seen[-1][2] is False
 
 
-def test_second_writer_is_refused(manifest, tmp_path):
-    def progress(done, total):
+def test_second_writer_is_refused(manifest: Path, tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
         with pytest.raises(ShardError, match="another process"):
             run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
 
     run_shard(manifest, tmp_path / "a", PREPARE, CONFIG, on_progress=progress)
 
 
-def test_missing_manifest_is_a_manifest_error(tmp_path):
+def test_missing_manifest_is_a_manifest_error(tmp_path: Path) -> None:
     with pytest.raises(ManifestError):
         run_shard(tmp_path, tmp_path / "a", PREPARE, CONFIG)
 
 
-def test_a_bug_is_not_taken_for_a_bad_study(manifest, tmp_path, monkeypatch):
-    def broken(*_args):
+def test_a_bug_is_not_taken_for_a_bad_study(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("anycontrast_datasets.shard_task.prepare_study", broken)
@@ -332,13 +347,13 @@ def test_a_bug_is_not_taken_for_a_bad_study(manifest, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "values", [{"studies_per_shard": 0}, {"num_workers": -1}, {"codec": "gzip"}, {"level": 10}]
 )
-def test_bad_config_is_refused(values):
+def test_bad_config_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"shard.{next(iter(values))}"):
         ShardConfig(**values)
 
 
 @pytest.mark.cluster
-def test_ray_gives_the_same_bytes(manifest, tmp_path):
+def test_ray_gives_the_same_bytes(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "case-1_T1w.nii").unlink()
     here = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
     steps = []

@@ -8,6 +8,8 @@ import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from anycontrast_datasets.shard_commit import commit_dataset
 from anycontrast_datasets.shard_task import ShardReceipt
 from anycontrast_datasets.store.codec import checksum, decode_into, encode
 from anycontrast_datasets.store.reader import open_store
-from anycontrast_datasets.store.volume_index import file_sha256, index_bytes
+from anycontrast_datasets.store.volume_index import MemberRow, file_sha256, index_bytes
 from anycontrast_datasets.store.volume_store import VolumeStore
 from anycontrast_datasets.store.volume_writer import ShardWriter
 from anycontrast_datasets.study import (
@@ -31,12 +33,13 @@ from anycontrast_datasets.study import (
 )
 
 AFFINE = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+Pristine = tuple[Path, list[ShardReceipt]]
 SETS = (("T1w", "FLAIR", "ADC"), ("T2w",), ("T1wCE", "T2starw"))
 MEMBERS = ("T1w", "FLAIR", "ADC", "label", "study.json")
 """Of case-0, the only study with a label."""
 
 
-def arrays_of(number):
+def arrays_of(number: int) -> StudyArrays:
     rng = np.random.default_rng(number)
     shape = (16, 8 * (number + 1), 24)
     codes = {
@@ -76,7 +79,7 @@ def arrays_of(number):
     return StudyArrays(record=record, codes=codes, label=label)
 
 
-def study_of(arrays):
+def study_of(arrays: StudyArrays) -> Study:
     volumes = tuple(
         Volume(
             contrast=name,
@@ -97,7 +100,9 @@ def study_of(arrays):
     )
 
 
-def write_store(folder, layout=((2, 0), (1,)), **codec):
+def write_store(
+    folder: Path, layout: tuple[tuple[int, ...], ...] = ((2, 0), (1,)), **codec: Any
+) -> list[ShardReceipt]:
     """Write the three studies into shards; the manifest's order is 0, 1, 2."""
     folder.mkdir(parents=True)
     receipts = []
@@ -123,22 +128,22 @@ def write_store(folder, layout=((2, 0), (1,)), **codec):
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Pristine:
     folder = tmp_path_factory.mktemp("store") / "shards"
     return folder, write_store(folder)
 
 
 @pytest.fixture
-def folder(pristine, tmp_path):
+def folder(pristine: Pristine, tmp_path: Path) -> Path:
     return shutil.copytree(pristine[0], tmp_path / "shards")
 
 
-def member_row(pristine, study_id, contrast):
+def member_row(pristine: Pristine, study_id: str, contrast: str) -> MemberRow:
     rows = [row for receipt in pristine[1] for row in receipt.members]
     return next(r for r in rows if (r.study_id, r.contrast) == (study_id, contrast))
 
 
-def assert_same(read, written, *, label=True):
+def assert_same(read: StudyArrays, written: StudyArrays, *, label: bool = True) -> None:
     assert read.record == written.record
     assert list(read.codes) == list(written.codes)
     for name, codes in written.codes.items():
@@ -151,7 +156,7 @@ def assert_same(read, written, *, label=True):
 
 
 @pytest.mark.parametrize("codec", [{}, {"codec": "lz4", "level": 9}])
-def test_every_study_comes_back_to_the_bit(tmp_path, codec):
+def test_every_study_comes_back_to_the_bit(tmp_path: Path, codec: dict[str, Any]) -> None:
     write_store(tmp_path / "shards", **codec)
     store = open_store(tmp_path / "shards")
     assert [r.study_id for r in store.records] == ["case-0", "case-1", "case-2"]
@@ -162,7 +167,9 @@ def test_every_study_comes_back_to_the_bit(tmp_path, codec):
 
 
 @pytest.mark.parametrize("names", [("T1w",), ("ADC", "T1w"), ("FLAIR", "ADC")])
-def test_only_the_named_contrasts_are_read_in_stored_order(folder, names):
+def test_only_the_named_contrasts_are_read_in_stored_order(
+    folder: Path, names: tuple[str, ...]
+) -> None:
     read, whole = open_store(folder).read(0, contrasts=names), arrays_of(0)
     kept = [name for name in SETS[0] if name in names]
     assert list(read.codes) == kept == list(read.record.contrasts)
@@ -171,20 +178,22 @@ def test_only_the_named_contrasts_are_read_in_stored_order(folder, names):
 
 
 @pytest.mark.parametrize("names", [(), ("T2w",), ("T1w", "T2w")])
-def test_contrast_that_the_study_has_not_is_an_error(folder, names):
+def test_contrast_that_the_study_has_not_is_an_error(folder: Path, names: tuple[str, ...]) -> None:
     with pytest.raises(ShardError, match=r"case-0: has \['T1w'"):
         open_store(folder).read(0, contrasts=names)
 
 
 @pytest.mark.parametrize("index", [-1, 3])
-def test_study_out_of_range(folder, index):
+def test_study_out_of_range(folder: Path, index: int) -> None:
     with pytest.raises(IndexError):
         open_store(folder).read(index)
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize("member", MEMBERS)
-def test_one_flipped_bit_in_any_member_is_found_and_named(folder, pristine, member, place):
+def test_one_flipped_bit_in_any_member_is_found_and_named(
+    folder: Path, pristine: Pristine, member: str, place: str
+) -> None:
     row = member_row(pristine, "case-0", member)
     at = {"first": 0, "middle": row.bytes // 2, "last": row.bytes - 1}[place]
     path = folder / row.shard
@@ -200,7 +209,7 @@ def test_one_flipped_bit_in_any_member_is_found_and_named(folder, pristine, memb
     assert_same(store.read(1), arrays_of(1), label=False)
 
 
-def test_flipped_bit_between_members_is_found_by_verify(folder, pristine):
+def test_flipped_bit_between_members_is_found_by_verify(folder: Path, pristine: Pristine) -> None:
     row = member_row(pristine, "case-0", "T1w")
     path = folder / row.shard
     content = bytearray(path.read_bytes())
@@ -211,7 +220,9 @@ def test_flipped_bit_between_members_is_found_by_verify(folder, pristine):
 
 
 @pytest.mark.parametrize("cut", ["in_member", "at_member", "at_study", "tail"])
-def test_cut_shard_is_found_at_opening_and_at_reading(folder, pristine, cut):
+def test_cut_shard_is_found_at_opening_and_at_reading(
+    folder: Path, pristine: Pristine, cut: str
+) -> None:
     row = member_row(pristine, "case-0", "FLAIR")
     first = member_row(pristine, "case-0", "T1w")
     keep = {
@@ -231,7 +242,7 @@ def test_cut_shard_is_found_at_opening_and_at_reading(folder, pristine, cut):
             early.read(0)
 
 
-def test_missing_shard_is_found_at_opening_and_at_reading(folder):
+def test_missing_shard_is_found_at_opening_and_at_reading(folder: Path) -> None:
     store = open_store(folder)
     (folder / "shard-000001.tar").unlink()
     with pytest.raises(ShardError, match=r"case-1.*cannot open"):
@@ -241,7 +252,7 @@ def test_missing_shard_is_found_at_opening_and_at_reading(folder):
         open_store(folder)
 
 
-def test_swapped_shards_are_found(folder):
+def test_swapped_shards_are_found(folder: Path) -> None:
     size = (folder / "shard-000000.tar").stat().st_size
     other = (folder / "shard-000001.tar").read_bytes()
     (folder / "shard-000000.tar").write_bytes(other.ljust(size, b"\0")[:size])
@@ -250,7 +261,7 @@ def test_swapped_shards_are_found(folder):
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "index.parquet"])
-def test_missing_or_damaged_table_is_a_clear_error(folder, name):
+def test_missing_or_damaged_table_is_a_clear_error(folder: Path, name: str) -> None:
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content[: len(content) // 2])
@@ -261,7 +272,7 @@ def test_missing_or_damaged_table_is_a_clear_error(folder, name):
         open_store(folder)
 
 
-def test_newer_schema_is_refused_with_the_remedy(folder):
+def test_newer_schema_is_refused_with_the_remedy(folder: Path) -> None:
     values = json.loads((folder / "dataset.json").read_text())
     values["schema_version"] = 99
     (folder / "dataset.json").write_text(json.dumps(values))
@@ -269,14 +280,14 @@ def test_newer_schema_is_refused_with_the_remedy(folder):
         open_store(folder)
 
 
-def test_missing_folder_and_address_are_clear_errors(tmp_path):
+def test_missing_folder_and_address_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="not a folder"):
         open_store(tmp_path / "nowhere")
     with pytest.raises(ShardError, match="address"):
         open_store("s3://bucket/shards")
 
 
-def rewritten_index(folder, rows):
+def rewritten_index(folder: Path, rows: list[MemberRow]) -> None:
     """Replace the index by one that is consistent in itself but not with the records."""
     content = index_bytes(rows)
     (folder / "index.parquet").write_bytes(content)
@@ -285,7 +296,7 @@ def rewritten_index(folder, rows):
     (folder / "dataset.json").write_text(json.dumps(values))
 
 
-def test_contrast_missing_from_the_index_is_found(folder, pristine):
+def test_contrast_missing_from_the_index_is_found(folder: Path, pristine: Pristine) -> None:
     rows = [r for receipt in pristine[1] for r in receipt.members]
     rows = [r for r in rows if (r.study_id, r.contrast) != ("case-0", "FLAIR")]
     rewritten_index(folder, sorted(rows, key=lambda r: r.study_id))
@@ -293,7 +304,9 @@ def test_contrast_missing_from_the_index_is_found(folder, pristine):
         open_store(folder).read(0)
 
 
-def test_record_that_differs_from_the_one_in_the_tar_is_found(folder, pristine):
+def test_record_that_differs_from_the_one_in_the_tar_is_found(
+    folder: Path, pristine: Pristine
+) -> None:
     rows = []
     for row in (r for receipt in pristine[1] for r in receipt.members):
         if row.study_id == "case-0" and row.record:
@@ -304,7 +317,7 @@ def test_record_that_differs_from_the_one_in_the_tar_is_found(folder, pristine):
         open_store(folder).read(0)
 
 
-def test_threads_read_the_same(folder):
+def test_threads_read_the_same(folder: Path) -> None:
     store = open_store(folder)
     with ThreadPoolExecutor(4) as pool:
         reads = list(pool.map(lambda n: store.read(n % 3), range(60)))
@@ -313,7 +326,7 @@ def test_threads_read_the_same(folder):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_store_travels_to_another_process(folder, method):
+def test_store_travels_to_another_process(folder: Path, method: str) -> None:
     store = open_store(folder)
     store.read(0)
     assert pickle.loads(pickle.dumps(store)).fingerprint == store.fingerprint
@@ -322,7 +335,7 @@ def test_store_travels_to_another_process(folder, method):
     assert record == arrays_of(0).record
 
 
-def test_fingerprint_follows_content_and_order(tmp_path, pristine):
+def test_fingerprint_follows_content_and_order(tmp_path: Path, pristine: Pristine) -> None:
     write_store(tmp_path / "same")
     write_store(tmp_path / "other", layout=((0, 2), (1,)))
     same, other = open_store(tmp_path / "same"), open_store(tmp_path / "other")
@@ -331,7 +344,7 @@ def test_fingerprint_follows_content_and_order(tmp_path, pristine):
 
 # webdataset 1.0.2 leaves the last shard to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed file")
-def test_webdataset_iterates_the_same_members(folder):
+def test_webdataset_iterates_the_same_members(folder: Path) -> None:
     import webdataset
 
     found = {}
@@ -349,7 +362,9 @@ def test_webdataset_iterates_the_same_members(folder):
         assert ("label.u8b2" in sample) == (arrays.label is not None)
 
 
-def test_record_is_the_last_member_and_the_index_points_at_payloads(folder, pristine):
+def test_record_is_the_last_member_and_the_index_points_at_payloads(
+    folder: Path, pristine: Pristine
+) -> None:
     for receipt in pristine[1]:
         with tarfile.open(folder / receipt.shard) as tar:
             members = tar.getmembers()
@@ -362,7 +377,7 @@ def test_record_is_the_last_member_and_the_index_points_at_payloads(folder, pris
 
 
 @pytest.mark.parametrize("key", ["Case", "a.b", "../a", "", "a" * 65, "é", "a/b"])
-def test_id_that_is_no_key_is_refused_before_anything_is_written(tmp_path, key):
+def test_id_that_is_no_key_is_refused_before_anything_is_written(tmp_path: Path, key: str) -> None:
     arrays = arrays_of(1)
     arrays = replace(arrays, record=replace(arrays.record, study_id=key))
     with ShardWriter(tmp_path / "shard-000000.tar") as writer:
@@ -372,7 +387,7 @@ def test_id_that_is_no_key_is_refused_before_anything_is_written(tmp_path, key):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_frame_of_another_size_is_refused_before_decoding():
+def test_frame_of_another_size_is_refused_before_decoding() -> None:
     payload = encode(np.arange(512, dtype=np.int16))
     with pytest.raises(ValueError, match="header says"):
         decode_into(payload, np.empty(511, np.int16))

@@ -63,7 +63,7 @@ def foreground_mask(array: Floats, spacing_mm: tuple[float, float, float]) -> Ma
     Returns:
         [X, Y, Z] bool; all False if nothing stands out.
     """
-    nonzero = array != 0
+    nonzero = np.asarray(array != 0)
     if not nonzero.any():
         return nonzero
     if _has_zero_background(nonzero):

@@ -75,8 +75,7 @@ class Grid:
 
 def step_matrix(source: Grid, target: Grid) -> Affine64:
     """Return [4, 4] float64: voxel index of `target` -> voxel index of `source`."""
-    matrix: Affine64 = np.linalg.solve(source.affine, target.affine)
-    return matrix
+    return np.linalg.solve(source.affine, target.affine).astype(np.float64)
 
 
 def is_same_grid(source: Grid, target: Grid) -> bool:
@@ -135,7 +134,8 @@ def _is_aligned(matrix: Affine64, shape: tuple[int, int, int]) -> bool:
 
 
 def _positions(matrix: Affine64, axis: int, count: int) -> npt.NDArray[np.float64]:
-    return matrix[axis, axis] * np.arange(count) + matrix[axis, 3]
+    steps = np.arange(count, dtype=np.float64)
+    return np.asarray(matrix[axis, axis] * steps + matrix[axis, 3])
 
 
 def _nearest_aligned(

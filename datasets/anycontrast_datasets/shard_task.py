@@ -82,13 +82,14 @@ def build_shard(task: ShardTask, on_study: Callable[[], None] | None = None) -> 
     Returns:
         The receipt. A study that raises `StudyError` is refused, never fatal.
     """
+    tell = on_study or (lambda: None)
     with _one_torch_thread():
         receipt = _finished(task)
-        if receipt is not None:
-            for _ in task.studies if on_study else ():
-                on_study()
-            return receipt
-        return _write(task, on_study or (lambda: None))
+        if receipt is None:
+            return _write(task, tell)
+        for _ in task.studies:
+            tell()
+        return receipt
 
 
 def receipt_path(shard: Path) -> Path:

@@ -204,7 +204,7 @@ def _where(row: MemberRow) -> str:
 
 def _pread(handle: int, start: int, end: int, row: MemberRow) -> memoryview:
     """Read a byte range whole; a shard that ends inside it is an error."""
-    content = memoryview(np.empty(end - start, dtype=np.uint8)).cast("B")
+    content = np.empty(end - start, dtype=np.uint8).data
     done = 0
     while done < len(content):
         got = os.preadv(handle, [content[done:]], start + done)
