@@ -101,6 +101,8 @@ def _start_local(config: Config) -> None:
         num_cpus=max(cores, int(wanted) + 1),
         include_dashboard=False,
         logging_level=logging.WARNING,
+        # Without a dashboard Ray Train's own watchers warn every second that they cannot ask it.
+        logging_config=ray.LoggingConfig(log_level="ERROR"),
         log_to_driver=True,
     )
 
@@ -181,6 +183,8 @@ def _worker(arguments: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    # Ray's own handlers would print every line of ours a second time.
+    logging.getLogger().handlers.clear()
     setup_logging(rank=rank)
     config = config_from_dict(arguments["config"])
     pretrain = config.paths.pretrain
