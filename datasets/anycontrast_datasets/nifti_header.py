@@ -122,14 +122,7 @@ def parse_header(head: bytes, path: Path, *, max_bytes: int) -> VolumeHeader:
     values = _unpack(head, version, order)
     shape = _shape(values, path)
     dtype, itemsize = _dtype(values, order, path)
-    num_voxels = math.prod(shape)
-    if num_voxels * max(itemsize, 4) > max_bytes:
-        raise VolumeError(
-            f"reading {path}: voxels must fit in max_bytes = {max_bytes} (as stored and as "
-            f"float32), header claims shape {shape} of {itemsize} bytes each; "
-            "raise max_bytes if the file is really that large",
-            code="too_large",
-        )
+    _check_size(shape, itemsize, path, max_bytes)
     slope, inter = _scaling(values, path)
     with np.errstate(over="ignore", invalid="ignore"):
         affine, flags = _geometry(values, shape, path)
@@ -144,7 +137,7 @@ def parse_header(head: bytes, path: Path, *, max_bytes: int) -> VolumeHeader:
         slope=slope,
         inter=inter,
         data_offset=_data_offset(values, version, path),
-        num_data_bytes=num_voxels * itemsize,
+        num_data_bytes=math.prod(shape) * itemsize,
         flags=flags,
     )
 
@@ -192,6 +185,16 @@ def _shape(values: Values, path: Path) -> tuple[int, ...]:
             code="unreadable_header",
         )
     return tuple(dims[:ndim])
+
+
+def _check_size(shape: tuple[int, ...], itemsize: int, path: Path, max_bytes: int) -> None:
+    if math.prod(shape) * max(itemsize, 4) > max_bytes:
+        raise VolumeError(
+            f"reading {path}: voxels must fit in max_bytes = {max_bytes} (as stored and as "
+            f"float32), header claims shape {shape} of {itemsize} bytes each; "
+            "raise max_bytes if the file is really that large",
+            code="too_large",
+        )
 
 
 def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
