@@ -160,7 +160,8 @@ def test_gradient_reaches_every_part() -> None:
     batch = pack(make_study("a", ALL[:2]), make_study("b", ALL[2:]))
     labels = torch.stack([label for label in batch.labels if label is not None])
     target = region_targets(labels, model.regions)
-    segmentation_loss(model(batch), target, kind="dice_ce").sum().backward()
+    loss = segmentation_loss(model(batch), target, kind="dice_ce").sum()
+    torch.autograd.backward([loss])
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A convolution's bias before an instance norm has no effect; MONAI's blocks have none.
     assert dead == []
@@ -231,8 +232,8 @@ def test_loss_is_low_for_the_truth_and_binary_per_region() -> None:
     target[:, :, :2] = 1.0
     right, wrong = (target * 2 - 1) * 20, (1 - target * 2) * 20
     for kind in ("dice", "dice_ce"):
-        good = segmentation_loss(right, target, kind=kind)  # type: ignore[arg-type]
-        bad = segmentation_loss(wrong, target, kind=kind)  # type: ignore[arg-type]
+        good = segmentation_loss(right, target, kind=kind)
+        bad = segmentation_loss(wrong, target, kind=kind)
         assert good.shape == (2,)
         # Overlapping regions cost nothing: a softmax over regions would charge log 2 here.
         assert float(good.max()) < 1e-3

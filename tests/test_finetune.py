@@ -162,7 +162,7 @@ def test_one_study_is_overfitted() -> None:
             micro = task.prepare(packs.packs[0], step=step, device=device)
             loss, parts = task.loss(task.model, micro)
             optimizer.zero_grad()
-            (loss / micro.count).backward()
+            torch.autograd.backward([loss / micro.count])
             optimizer.step()
             losses.append(float(loss.detach()))
     after = task.validate(task.model, step=40)

@@ -132,7 +132,7 @@ def test_windows_and_weights_are_those_of_monai() -> None:
             patch_vox=PATCH,
             window_vox=WINDOW,
             overlap=0.5,
-            blending=mode,  # type: ignore[arg-type]
+            blending=mode,
         )
         np.testing.assert_allclose(result, np.asarray(theirs)[0], atol=1e-4)
 

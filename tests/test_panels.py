@@ -111,6 +111,20 @@ def test_a_perfect_prediction_reconstructs_the_input() -> None:
         np.testing.assert_array_equal(image, result)
 
 
+def test_hidden_patches_that_were_not_decoded_stay_blank() -> None:
+    whole = make_pack(("T1w",))
+    config = MaskingConfig(hidden_fraction=0.5, target_fraction=0.3)
+    pack = mask_batch(whole.batch, config, seed=0)
+    assert len(pack.target_index_M) < int(pack.hidden_T.sum())
+    blanks = 0
+    for study in (0, 1):
+        (image, _, result), *_ = panels._panel_planes(pack, truth(pack), study)
+        blank = np.isnan(result)
+        blanks += int(blank.sum())
+        np.testing.assert_array_equal(result[~blank], image[~blank])
+    assert blanks > 0
+
+
 def test_wrong_study_or_prediction_is_refused(tmp_path: Path) -> None:
     pack = make_pack(("T1w",))
     with pytest.raises(ValueError, match=r"study must be in 0\.\.1"):

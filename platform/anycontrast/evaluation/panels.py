@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # T tokens of a pack, M decoded hidden tokens, P voxels per patch.
 
+HIDDEN_COLOR = "#3b5b7a"
+"""Of hidden patches: no grey, so that it is no voxel's value."""
+
 Planes = npt.NDArray[np.float32]
 
 
@@ -29,8 +32,8 @@ def reconstruction_panel(
     """Write one study's reconstruction as a PNG: a row per contrast, three pictures each.
 
     The pictures are the input, the input with its hidden patches blanked, and the reconstruction:
-    visible patches as in the input, hidden ones as predicted. The plane is the axial plane with the
-    most foreground, drawn at its real aspect ratio.
+    visible patches as in the input, hidden ones as predicted (blank if not decoded). The plane is
+    the axial plane with the most foreground, drawn at its real aspect ratio.
 
     Args:
         path: the file to write; its folder is made.
@@ -41,6 +44,7 @@ def reconstruction_panel(
     Raises:
         ValueError: `study` is not in the batch, or the predictions do not fit the targets.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     batch = pack.batch
@@ -55,9 +59,10 @@ def reconstruction_panel(
             f"{reconstruction_MP.shape[0]} for {pack.target_index_M.shape[0]} targets"
         )
     rows = _panel_planes(pack, reconstruction_MP, study)
-    figure = Figure(figsize=(7.5, 2.5 * len(rows) + 0.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(7.5, 2.5 * len(rows) + 0.4), dpi=100, layout="compressed")
     axes = figure.subplots(len(rows), 3, squeeze=False)
     spacing_mm = batch.spacing_mm[study]
+    grey = colormaps["gray"].with_extremes(bad=HIDDEN_COLOR)
     for row, (contrast, planes) in enumerate(zip(batch.contrasts[study], rows, strict=True)):
         low, high = _display_range(planes[0])
         titles = (contrast, "masked input", "reconstruction")
@@ -65,7 +70,7 @@ def reconstruction_panel(
             axis.imshow(
                 plane.T,
                 origin="lower",
-                cmap="gray",
+                cmap=grey,
                 vmin=low,
                 vmax=high,
                 aspect=spacing_mm[1] / spacing_mm[0],
@@ -85,21 +90,20 @@ def _panel_planes(
     batch = pack.batch.to("cpu")
     hidden_T = pack.hidden_T.cpu()
     x_TP = intensity_map(batch.codes_TP, batch.volume_T, batch.intensity_V4)
-    predicted_TP = x_TP.clone()
+    masked_TP = x_TP.masked_fill(hidden_T[:, None], float("nan"))
+    predicted_TP = masked_TP.clone()
     predicted_TP[pack.target_index_M.cpu()] = reconstruction_MP.detach().float().cpu()
-    background = float("nan")
-    masked_TP = torch.where(hidden_T[:, None], torch.full_like(x_TP, background), x_TP)
     occupied_TP = (batch.codes_TP != 0).float()
     offsets = batch.volume_offsets
     volumes = [v for v, owner in enumerate(batch.study_V.tolist()) if owner == study]
+    # A patch without a token is all code 0; this is what code 0 is mapped to.
+    empty_V = batch.intensity_V4[:, 1].clamp(batch.intensity_V4[:, 2], batch.intensity_V4[:, 3])
     grids = [
-        [_dense(t_TP, batch, offsets[v], offsets[v + 1], study, fill) for v in volumes]
-        for t_TP, fill in (
-            (x_TP, background),
-            (masked_TP, background),
-            (predicted_TP, background),
-            (occupied_TP, 0.0),
-        )
+        [
+            _dense(x, batch, offsets[v], offsets[v + 1], study, float(empty_V[v]) if fill else 0.0)
+            for v in volumes
+        ]
+        for x, fill in ((x_TP, 1), (masked_TP, 1), (predicted_TP, 1), (occupied_TP, 0))
     ]
     plane = int(np.argmax(sum(o.sum(axis=(0, 1)) for o in grids[3])))
     return [

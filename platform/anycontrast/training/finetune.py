@@ -166,7 +166,9 @@ def make_task(config: "Config", store: StudyStore) -> tuple[FinetuneTask, dict[s
             f"finetune: checkpoint {source} holds a model of kind {state['kind']!r}, expected a "
             "pretrained amae; set finetune.checkpoint to a pretraining checkpoint"
         )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()
+    }
     model = AMAEConfig(**values)
     try:
         task = FinetuneTask(finetune, model, store, pretrained=tensors, best_dice=best_dice)
