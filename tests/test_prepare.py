@@ -37,7 +37,7 @@ def affine(
 
 def positions_mm(shape: Triple, matrix: npt.ArrayLike) -> npt.NDArray[np.float64]:
     ijk = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
-    return ijk @ np.asarray(matrix)[:3, :3].T + np.asarray(matrix)[:3, 3]
+    return np.asarray(ijk @ np.asarray(matrix)[:3, :3].T + np.asarray(matrix)[:3, 3])
 
 
 def head(
