@@ -220,7 +220,7 @@ def _ray_cluster(num_workers: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    folder = Path(tempfile.mkdtemp(prefix="ac-ray-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="ac-shard-", dir="/tmp"))
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False)
