@@ -1,6 +1,5 @@
 """The phantom: physics, geometry, lesions, missing contrasts, and what is written to disk."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy.typing as npt
 import pytest
 from scipy import ndimage
 
-from anycontrast_datasets.contrast import ContrastDescriptor
 from anycontrast_datasets.pseudonym import PlainNaming, SplitRule
 from anycontrast_datasets.sources.claims import SourceOptions
 from anycontrast_datasets.sources.phantom import (
@@ -193,7 +191,7 @@ def test_sites_differ_in_orientation_thickness_and_field_strength() -> None:
     assert {p.field_t for site in range(2) for p in site_protocols(5, site).values()} == {1.5, 3.0}
 
 
-def test_flair_nulls_csf_exactly_at_the_nulling_time() -> None:
+def test_flair_nearly_nulls_csf() -> None:
     flair = site_protocols(0, 0)["FLAIR"]
     signal_K = signals(flair)
     csf, gm = (signal_K[TISSUE_NAMES.index(name)] for name in ("csf", "gm"))
@@ -251,11 +249,6 @@ def test_same_configuration_gives_the_same_voxels_and_another_seed_does_not() ->
     assert not np.array_equal(first.images["DWI"].array, other.images["DWI"].array)
 
 
-def test_a_study_does_not_depend_on_how_many_there_are() -> None:
-    longer = replace(SMALL, num_studies=100)
-    assert [plan_study(SMALL, i) for i in range(4)] == [plan_study(longer, i) for i in range(4)]
-
-
 def test_adding_contrasts_leaves_the_others_as_they_were() -> None:
     plan = replace(plan_study(SMALL, 0), contrasts=("T2w", "DWI"))
     alone = scan_study(SMALL, replace(plan, contrasts=("DWI",)))
@@ -279,51 +272,6 @@ def test_sessions_share_the_head_but_not_the_pose() -> None:
     np.testing.assert_array_equal(heads[0].fractions_KXYZ, heads[1].fractions_KXYZ)
     assert not np.allclose(heads[0].pose, heads[1].pose)
     assert not np.allclose(heads[0].fractions_KXYZ, heads[2].fractions_KXYZ)
-
-
-def test_subset_sizes_run_from_one_to_all() -> None:
-    config = PhantomConfig(num_studies=200)
-    subsets = [plan_study(config, index).contrasts for index in range(200)]
-    assert {len(subset) for subset in subsets} == set(range(1, 9))
-    for contrast in PHANTOM_CONTRASTS:
-        assert 20 < sum(contrast in subset for subset in subsets) < 200
-
-
-def test_always_holds_and_zero_probability_excludes() -> None:
-    config = PhantomConfig(always=["ADC"], keep_probability={"T2w": 0.5, "SWI": 0.0})
-    subsets = {plan_study(config, index).contrasts for index in range(60)}
-    assert subsets == {("ADC",), ("T2w", "ADC")}
-
-
-def test_a_study_is_never_empty() -> None:
-    config = PhantomConfig(keep_probability={"T2w": 0.001, "SWI": 0.0})
-    assert {plan_study(config, index).contrasts for index in range(30)} == {("T2w",)}
-
-
-def test_lesion_shares_follow_the_configuration() -> None:
-    kinds = [plan_study(PhantomConfig(infarct_fraction=0.25), i).lesion for i in range(400)]
-    assert kinds.count("") == pytest.approx(80, abs=30)
-    assert kinds.count("infarct") == pytest.approx(80, abs=30)
-
-
-@pytest.mark.parametrize(
-    ("setting", "complaint"),
-    [
-        ({"num_studies": 0}, "num_studies must be >= 1"),
-        ({"seed": -1}, "seed must be >= 0"),
-        ({"always": ["FLIAR"]}, "nearest: FLAIR"),
-        ({"keep_probability": {"CT": 0.5}}, "'CT' is none of"),
-        ({"keep_probability": {"T1w": 1.5}}, "keep_probability.T1w must lie in 0 .. 1"),
-        ({"keep_probability": {"T1w": 0.0}}, "no study would have a volume"),
-        ({"spacing_mm": (3.0, 3.0, 0.0)}, "spacing_mm must lie in"),
-        ({"spacing_mm": (3.0, 3.0, float("nan"))}, "spacing_mm must lie in"),
-        ({"lesion_fraction": 1.2}, "lesion_fraction must lie in"),
-        ({"noise": -0.1}, "noise must lie in"),
-    ],
-)
-def test_bad_configuration_is_refused(setting: dict[str, object], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        PhantomConfig(**setting)  # type: ignore[arg-type]
 
 
 def test_atlas_is_a_brain_of_plausible_make_up() -> None:
@@ -397,15 +345,8 @@ def test_scan_accepts_every_file_with_its_contrast_and_physics(written: Path) ->
             protocol = protocols[volume.contrast]
             assert volume.descriptor.te_s == pytest.approx(protocol.te_s, abs=1e-4)
             assert volume.descriptor.field_t == protocol.field_t
+            assert volume.descriptor.b_value_s_mm2 == protocol.b_value_s_mm2
             assert volume.descriptor.has_agent in ((True,) if protocol.has_agent else (None, False))
-
-
-def test_sidecar_holds_the_protocol(written: Path) -> None:
-    plan = plan_study(SMALL, 0)
-    path = written / volume_path(plan, "DWI").replace(".nii.gz", ".json")
-    descriptor = ContrastDescriptor.from_sidecar(json.loads(path.read_text()), contrast="DWI")
-    assert descriptor.b_value_s_mm2 == 1000.0
-    assert descriptor.family == "diffusion"
 
 
 def test_second_run_reuses_and_reports_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

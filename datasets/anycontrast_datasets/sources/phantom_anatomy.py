@@ -119,7 +119,7 @@ def atlas_files() -> dict[str, Path]:
     return files
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def load_atlas(spacing_mm: float, *, skull: bool = False) -> Atlas:
     """Read the maps, derive CSF (and the shell) and average them onto an isotropic grid, once."""
     source = {name: read_volume(path) for name, path in atlas_files().items()}

@@ -151,65 +151,120 @@ def site_protocols(seed: int, site: int) -> dict[str, Protocol]:
     """Draw how one site acquires each contrast: field strength, times, resolution, orientation."""
     rng = stream_rng(seed, Stream.SITE, site)
     # Neighbouring sites differ in field strength, so that two sites show both.
-    field_t = 3.0 if (site + int(stream_rng(seed, Stream.SITE).integers(2))) % 2 else 1.5
-    at_3t = field_t > 2.0
-
-    def between(low: float, high: float) -> float:
-        return float(rng.uniform(low, high))
-
-    def slices(low: float, *, in_plane: float = 1.0) -> tuple[float, float, float]:
-        return (in_plane, in_plane, float(rng.choice([low, 2.0])))
-
-    if rng.random() < 0.6:
-        t1w = Protocol(
-            contrast="T1w", sequence="inversion_gradient_echo", field_t=field_t,
-            te_s=between(0.002, 0.004), tr_s=between(1.9, 2.4), ti_s=between(0.85, 1.0),
-            flip_deg=between(8, 10), orientation=str(rng.choice(["RAS", "PSR", "LAS"])),
-        )  # fmt: skip
-    else:
-        t1w = Protocol(
-            contrast="T1w", sequence="spin_echo", field_t=field_t, te_s=between(0.009, 0.014),
-            tr_s=between(0.45, 0.62), spacing_factor=slices(1.5), orientation="LPS",
-            is_scanner_aligned=False,
-        )  # fmt: skip
-    flair_tr = between(8.0, 10.0)
-    flair = Protocol(
-        contrast="FLAIR", sequence="inversion_spin_echo", field_t=field_t,
-        te_s=between(0.090, 0.120), tr_s=flair_tr,
-        ti_s=nulling_time_s(TISSUES["csf"].t1_s[at_3t], flair_tr) * between(0.985, 1.015),
-        spacing_factor=slices(1.5), orientation=str(rng.choice(["LAS", "LPS"])),
-        is_scanner_aligned=False,
-    )  # fmt: skip
+    is_high = (site + int(stream_rng(seed, Stream.SITE).integers(2))) % 2 == 1
+    field_t = 3.0 if is_high else 1.5
+    t1w = _draw_t1w(rng, field_t)
     dwi = Protocol(
-        contrast="DWI", sequence="diffusion", field_t=field_t, te_s=between(0.075, 0.100),
-        tr_s=between(4.0, 6.0), b_value_s_mm2=1000.0, is_scanner_aligned=False,
-        spacing_factor=slices(1.0, in_plane=float(rng.choice([1.0, 1.25]))), orientation="LAS",
-    )  # fmt: skip
+        contrast="DWI",
+        sequence="diffusion",
+        field_t=field_t,
+        te_s=rng.uniform(0.075, 0.100),
+        tr_s=rng.uniform(4.0, 6.0),
+        b_value_s_mm2=1000.0,
+        spacing_factor=_draw_slices(rng, 1.0, in_plane=float(rng.choice([1.0, 1.25]))),
+        orientation="LAS",
+        is_scanner_aligned=False,
+    )
     drawn = (
         t1w,
         replace(t1w, contrast="T1wCE", has_agent=True),
-        Protocol(
-            contrast="T2w", sequence="spin_echo", field_t=field_t, te_s=between(0.095, 0.120),
-            tr_s=between(5.0, 8.0), spacing_factor=slices(1.0), orientation="LPS",
-            is_scanner_aligned=False,
-        ),
-        flair,
+        _draw_t2w(rng, field_t),
+        _draw_flair(rng, field_t),
         dwi,
         replace(dwi, contrast="ADC"),
-        Protocol(
-            contrast="GRE", sequence="gradient_echo", field_t=field_t,
-            te_s=between(0.018, 0.022) * (1.0 if at_3t else 1.25), tr_s=between(0.5, 0.8),
-            flip_deg=between(18, 22), spacing_factor=slices(1.5), orientation="LAS",
-            is_scanner_aligned=False,
-        ),
-        Protocol(
-            contrast="SWI", sequence="gradient_echo", field_t=field_t,
-            te_s=0.020 if at_3t else 0.040, tr_s=0.028 if at_3t else 0.049,
-            flip_deg=15.0, orientation="RAS",
-        ),
-    )  # fmt: skip
-    assert tuple(p.contrast for p in drawn) == PHANTOM_CONTRASTS
+        _draw_gre(rng, field_t),
+        _swi(field_t),
+    )
+    assert tuple(protocol.contrast for protocol in drawn) == PHANTOM_CONTRASTS
     return {protocol.contrast: protocol for protocol in drawn}
+
+
+def _draw_slices(
+    rng: np.random.Generator, thinnest: float, *, in_plane: float = 1.0
+) -> tuple[float, float, float]:
+    return (in_plane, in_plane, float(rng.choice([thinnest, 2.0])))
+
+
+def _draw_t1w(rng: np.random.Generator, field_t: float) -> Protocol:
+    """Draw an MPRAGE-like 3D sequence at most sites, 2D spin echo at the others."""
+    if rng.random() < 0.6:
+        return Protocol(
+            contrast="T1w",
+            sequence="inversion_gradient_echo",
+            field_t=field_t,
+            te_s=rng.uniform(0.002, 0.004),
+            tr_s=rng.uniform(1.9, 2.4),
+            ti_s=rng.uniform(0.85, 1.0),
+            flip_deg=rng.uniform(8.0, 10.0),
+            orientation=str(rng.choice(["RAS", "PSR", "LAS"])),
+        )
+    return Protocol(
+        contrast="T1w",
+        sequence="spin_echo",
+        field_t=field_t,
+        te_s=rng.uniform(0.009, 0.014),
+        tr_s=rng.uniform(0.45, 0.62),
+        spacing_factor=_draw_slices(rng, 1.5),
+        orientation="LPS",
+        is_scanner_aligned=False,
+    )
+
+
+def _draw_t2w(rng: np.random.Generator, field_t: float) -> Protocol:
+    return Protocol(
+        contrast="T2w",
+        sequence="spin_echo",
+        field_t=field_t,
+        te_s=rng.uniform(0.095, 0.120),
+        tr_s=rng.uniform(5.0, 8.0),
+        spacing_factor=_draw_slices(rng, 1.0),
+        orientation="LPS",
+        is_scanner_aligned=False,
+    )
+
+
+def _draw_flair(rng: np.random.Generator, field_t: float) -> Protocol:
+    """Draw an inversion spin echo whose inversion time nulls CSF, nearly."""
+    tr_s = rng.uniform(8.0, 10.0)
+    nulling = nulling_time_s(TISSUES["csf"].t1_s[int(field_t > 2.0)], tr_s)
+    return Protocol(
+        contrast="FLAIR",
+        sequence="inversion_spin_echo",
+        field_t=field_t,
+        te_s=rng.uniform(0.090, 0.120),
+        tr_s=tr_s,
+        ti_s=nulling * rng.uniform(0.985, 1.015),
+        spacing_factor=_draw_slices(rng, 1.5),
+        orientation=str(rng.choice(["LAS", "LPS"])),
+        is_scanner_aligned=False,
+    )
+
+
+def _draw_gre(rng: np.random.Generator, field_t: float) -> Protocol:
+    return Protocol(
+        contrast="GRE",
+        sequence="gradient_echo",
+        field_t=field_t,
+        te_s=rng.uniform(0.018, 0.022) * (1.0 if field_t > 2.0 else 1.25),
+        tr_s=rng.uniform(0.5, 0.8),
+        flip_deg=rng.uniform(18.0, 22.0),
+        spacing_factor=_draw_slices(rng, 1.5),
+        orientation="LAS",
+        is_scanner_aligned=False,
+    )
+
+
+def _swi(field_t: float) -> Protocol:
+    """Return the usual 3D sequence: the echo time for about the same phase at both fields."""
+    is_high = field_t > 2.0
+    return Protocol(
+        contrast="SWI",
+        sequence="gradient_echo",
+        field_t=field_t,
+        te_s=0.020 if is_high else 0.040,
+        tr_s=0.028 if is_high else 0.049,
+        flip_deg=15.0,
+    )
 
 
 def susceptibility_phase(
