@@ -25,6 +25,7 @@ REMEDIES: dict[str, str] = {
     "nonfinite_affine": "convert from the original again; the affine is not finite",
     "singular_affine": "convert from the original again; the affine cannot be inverted",
     "spacing_out_of_range": "correct the voxel spacing in the header; is it in mm?",
+    "origin_out_of_range": "correct the header; the volume lies metres away from the scanner",
     "nonfinite_voxels": "find out why voxels are NaN or infinite, then repair or leave out",
     "constant_volume": "leave the file out; every voxel has the same value",
     "empty_file": "copy or download the file again; it has no bytes",
