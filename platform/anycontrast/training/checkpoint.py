@@ -119,6 +119,30 @@ def latest(root: Path) -> CheckpointInfo | None:
     return None
 
 
+def find_resumable(root: Path) -> CheckpointInfo | None:
+    """Return what `latest` does, and rename newer, damaged checkpoints out of the way.
+
+    Call it while holding the run folder's lock: training goes on from an earlier step and will
+    write those steps anew.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole; training does not start over
+            silently.
+    """
+    found = latest(root)
+    damaged = [path for path in _folders(root) if found is None or path.name > found.path.name]
+    if found is None and damaged:
+        raise CheckpointError(
+            f"resuming from {root}: none of its {len(damaged)} checkpoints is whole (the log names "
+            "the files); restore one, or remove the folder to start over"
+        )
+    for path in damaged:
+        aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+        path.rename(aside)
+        logger.warning("set %s aside as %s", path.name, aside.name)
+    return found
+
+
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the full float32 weights (CPU) and `state.json` of one checkpoint, verified first.
 
@@ -259,7 +283,8 @@ def _commit(temporary: Path, final: Path, entries: list[Entry]) -> None:
     """Write the manifest, then make the checkpoint visible under its name."""
     files = {name: {"bytes": size, "sha256": digest} for name, size, digest in sorted(entries)}
     manifest = temporary / _MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    content = {"files": files, "sha256": _digest(files)}
+    manifest.write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (manifest, temporary / "engine", temporary):
         _fsync(path)
     temporary.rename(final)
@@ -268,9 +293,13 @@ def _commit(temporary: Path, final: Path, entries: list[Entry]) -> None:
 
 def _verified(path: Path) -> CheckpointInfo:
     """Check every file of a checkpoint against its manifest."""
-    manifest = path / _MANIFEST
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        files = content["files"]
+        if content["sha256"] != _digest(files) or not {"model.safetensors", "state.json"} <= set(
+            files
+        ):
+            raise ValueError("manifest.json is not what was written")
         for name, expected in files.items():
             _check_file(path, name, expected)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -312,6 +341,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden)
     except OSError as error:
         logger.warning("pruning %s failed: %s", path, error)
+
+
+def _digest(files: Mapping[str, Any]) -> str:
+    """The manifest's own checksum."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -29,7 +29,7 @@ from anycontrast.log import OnProgress, progress
 from anycontrast.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
-    latest,
+    find_resumable,
     load_model,
     load_optimizer,
     save,
@@ -340,13 +340,14 @@ def _enter(stack: ExitStack, folder: Path) -> None:
 
 
 def _find_checkpoint(root: Path, is_resuming: bool) -> CheckpointInfo | None:
-    found = latest(root)
-    if found is not None and not is_resuming:
+    if is_resuming:
+        return find_resumable(root)
+    if root.is_dir() and any(root.iterdir()):
         raise CheckpointError(
-            f"{root} holds checkpoints, the newest of step {found.step}, and resume is off; choose "
-            "another run name, remove that folder, or set resume=true"
+            f"{root} holds checkpoints and resume is off; choose another run name, remove that "
+            "folder, or set resume=true"
         )
-    return found
+    return None
 
 
 def _check_stream(stream: StudyStream, found: CheckpointInfo) -> None:
