@@ -312,6 +312,12 @@ def test_packs_hold_every_study_once_and_stay_within_the_lpt_bound(
     assert packs == assign_packs(list(costs), num_packs)
 
 
+@pytest.mark.parametrize("costs", [[0, 0], [0, 0, 0, 5], [0, 0, 0, 0, 0]])
+def test_studies_without_cost_still_fill_every_pack(costs: list[float]) -> None:
+    assert all(assign_packs(costs, 2))
+    assert all(assign_packs([*costs, 0.0], 3))
+
+
 def best_possible(costs: list[int], num_packs: int) -> int:
     """Smallest possible dearest pack, over every set of loads that can be reached."""
     loads = {(0,) * num_packs}

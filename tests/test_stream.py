@@ -70,6 +70,16 @@ class MemoryStore:
         return [f"study {study_id} is damaged" for study_id in sorted(self.damaged)]
 
 
+class SlowStore(MemoryStore):
+    """A store whose every read takes a tenth of a second."""
+
+    def read(
+        self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
+    ) -> StudyArrays:
+        time.sleep(0.1)
+        return super().read(index, contrasts=contrasts, label=label)
+
+
 def make_study(number: int, *, split: str = "train", contrasts: Sequence[str] = ()) -> StudyArrays:
     rng = np.random.default_rng(number)
     names = tuple(contrasts) or CONTRASTS[: 1 + number % len(CONTRASTS)]
@@ -323,6 +333,14 @@ def test_closing_joins_the_threads_and_ends_the_stream() -> None:
         next(stream)
 
 
+def test_closing_drops_what_was_queued() -> None:
+    store = SlowStore([make_study(n) for n in range(8)])
+    config = StreamConfig(studies_per_step=4, num_threads=1, prefetch_steps=20)
+    with StudyStream(store, config, PATCH, seed=0) as stream:
+        next(stream)
+    assert len(store.reads) < 20
+
+
 def test_prefetching_stays_within_its_window() -> None:
     store = make_store(8)
     config = StreamConfig(studies_per_step=2, prefetch_steps=3)
@@ -338,13 +356,6 @@ def test_prefetching_stays_within_its_window() -> None:
 
 
 def test_data_wait_is_what_the_consumer_waited() -> None:
-    class SlowStore(MemoryStore):
-        def read(
-            self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
-        ) -> StudyArrays:
-            time.sleep(0.1)
-            return super().read(index, contrasts=contrasts, label=label)
-
     store = SlowStore([make_study(n) for n in range(4)])
     config = StreamConfig(studies_per_step=1, num_threads=1, prefetch_steps=1)
     with StudyStream(store, config, PATCH, seed=0) as stream:
