@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +37,9 @@ class Regression:
     """Summed squared error of a small net; the count is the number of rows."""
 
     kind = "toy"
-    model_config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
+        self.model_config: dict[str, Any] = {}
         torch.manual_seed(0)
         self.model: nn.Module = nn.Sequential(
             nn.Linear(7, 13), nn.GELU(), nn.LayerNorm(13), nn.Linear(13, 3)
@@ -174,7 +174,8 @@ def test_moments_of_another_model_are_refused() -> None:
 def test_bf16_computes_in_bf16_and_keeps_float32_weights() -> None:
     seen: list[torch.dtype] = []
     task = Regression()
-    task.model[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    first = next(task.model.children())
+    first.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     config = EngineConfig(precision="bf16", zero_stage=1)
     engine = Engine(task, config, OptimConfig(lr=1e-2), accumulation=2)
     assert run_step(engine, 0)

@@ -1,6 +1,7 @@
 """Learning rate and parameter groups."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,6 @@ def test_adamw_uses_the_configured_values() -> None:
     ],
     ids=str,
 )
-def test_a_bad_setting_is_refused_by_name(values: dict[str, float]) -> None:
+def test_a_bad_setting_is_refused_by_name(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"optim.{next(iter(values))}"):
         OptimConfig(**values)

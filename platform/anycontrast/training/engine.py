@@ -256,10 +256,13 @@ class Engine:
     def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        value: Tensor
         if self.stage == 0:
-            return self._adamw.state[parameter][moment]
-        value: Tensor = safe_get_full_optimizer_state(parameter, moment)
-        return value.view(parameter.ds_shape if self.stage == 3 else parameter.shape)
+            value = self._adamw.state[parameter][moment]
+        else:
+            value = safe_get_full_optimizer_state(parameter, moment)
+        # Under ZeRO-3 the parameter's own shape is that of its local shard.
+        return value.view(getattr(parameter, "ds_shape", parameter.shape))
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
         from deepspeed.utils import (

@@ -55,9 +55,8 @@ def _join(timeout_s: float) -> None:
     if is_launched:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.HashStore()  # type: ignore[attr-defined]  # exported without saying so
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     atexit.register(_leave)
 
 

@@ -48,12 +48,20 @@ class Validation:
 class Task(Protocol):
     """A job the loop can train. Every rank builds the same one."""
 
-    kind: str
-    """`amae` or `segmenter`; goes into the checkpoint."""
-    model: nn.Module
-    """On the CPU in float32, freshly initialised from the seed (the same on every rank)."""
-    model_config: Mapping[str, Any]
-    """JSON: enough to build `model` again; goes into the checkpoint."""
+    @property
+    def kind(self) -> str:
+        """`amae` or `segmenter`; goes into the checkpoint."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """On the CPU in float32, freshly initialised from the seed (the same on every rank)."""
+        ...
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """JSON: enough to build `model` again; goes into the checkpoint."""
+        ...
 
     def prepare(self, batch: PackedBatch, *, step: int, device: torch.device) -> Micro:
         """Mask, crop or label a pack and move it to the device."""
