@@ -20,9 +20,10 @@ import torch
 from anycontrast.models.amae import AMAEConfig
 from anycontrast.models.masking import MaskingConfig
 from anycontrast.training import pretrain
-from anycontrast.training.checkpoint import CheckpointError, load_weights
+from anycontrast.training.checkpoint import CheckpointError, latest, load_weights
 from anycontrast.training.config import Config
 from anycontrast.training.engine import Engine, EngineConfig
+from anycontrast.training.loop import TrainingInterrupted
 from anycontrast.training.metrics import read_metrics
 from anycontrast.training.optim import OptimConfig
 from anycontrast.training.pretrain import PretrainConfig, PretrainTask, pretrain_worker
@@ -122,15 +123,19 @@ def make_config(root: Path, **changes: Any) -> Config:
     return Config(name="test", root=str(root), seed=3, model=MODEL, pretrain=PretrainConfig(**loop))
 
 
-@pytest.fixture
-def _store(monkeypatch: pytest.MonkeyPatch) -> None:
+def mixed_store() -> MemoryStore:
     studies = [
         make_study(0, ["T1w", "FLAIR", "T2w"]),
         make_study(1, ["DWI", "ADC"]),
         make_study(2, ["FLAIR"]),
         make_study(3, ["FLAIR", "unknown"], split="val"),
     ]
-    store = MemoryStore(studies)
+    return MemoryStore(studies)
+
+
+@pytest.fixture
+def _store(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = mixed_store()
     monkeypatch.setattr(pretrain, "open_store", lambda path: store)
 
 
@@ -162,7 +167,7 @@ def test_four_steps_equal_two_and_a_resume_of_two_bitwise(tmp_path: Path) -> Non
     pretrain_worker(whole)
     parted = make_config(tmp_path / "parted")
     stops = iter([False, True])
-    with pytest.raises(pretrain_interrupted(), match="after step 2 of 4"):
+    with pytest.raises(TrainingInterrupted, match="after step 2 of 4"):
         pretrain_worker(parted, stop_requested=lambda: next(stops))
     pretrain_worker(parted)
     for name in ("model.safetensors", "engine/optimizer-00000-of-00001.safetensors"):
@@ -171,12 +176,6 @@ def test_four_steps_equal_two_and_a_resume_of_two_bitwise(tmp_path: Path) -> Non
             for c in (whole, parted)
         )
         assert one == other, name
-
-
-def pretrain_interrupted() -> type[Exception]:
-    from anycontrast.training.loop import TrainingInterrupted
-
-    return TrainingInterrupted
 
 
 @pytest.mark.usefixtures("_store")
@@ -195,8 +194,15 @@ def test_init_from_takes_weights_and_refuses_another_model(tmp_path: Path) -> No
         pretrain_worker(wider)
 
 
-def run_ranks(out: Path, num_ranks: int, timeout_s: float = 120.0) -> list[dict[str, Any]]:
-    """Start this file once per rank and return what each wrote."""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two ranks, each this file run as a script, have left their results."""
+    out = tmp_path_factory.mktemp("ranks")
+    run_ranks(out, 2)
+    return out
+
+
+def run_ranks(out: Path, num_ranks: int, timeout_s: float = 120.0) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -225,7 +231,6 @@ def run_ranks(out: Path, num_ranks: int, timeout_s: float = 120.0) -> list[dict[
             process.kill()
             process.wait()
     assert all(process.returncode == 0 for process in processes), "\n".join(logs)
-    return [json.loads((out / f"rank-{n}.json").read_text()) for n in range(num_ranks)]
 
 
 def train_disjoint(stage: int) -> dict[str, Any]:
@@ -266,22 +271,59 @@ def train_disjoint(stage: int) -> dict[str, Any]:
     }
 
 
-def test_disjoint_contrasts_on_two_ranks_train_alike_at_every_stage(tmp_path: Path) -> None:
-    ranks = run_ranks(tmp_path, 2)
+def test_disjoint_contrasts_on_two_ranks_train_alike_at_every_stage(ranks: Path) -> None:
+    results = [json.loads((ranks / f"rank-{n}.json").read_text()) for n in range(2)]
     with process_group():
         alone = train_disjoint(1)
     assert alone["losses"][2] < alone["losses"][0]
     for stage in ("0", "1", "2", "3"):
-        found = ranks[0][stage]
+        found = results[0][stage]
         assert found["losses"] == pytest.approx(alone["losses"], abs=1e-5), stage
-        assert found["losses"] == ranks[1][stage]["losses"]
+        assert found["losses"] == results[1][stage]["losses"]
         assert found["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
         assert found["weights"] == pytest.approx(alone["weights"], abs=1e-4, rel=1e-4)
         assert found["moments"] == pytest.approx(alone["moments"], abs=1e-5, rel=1e-3)
-        assert ranks[1][stage]["weights"] == {}
+        assert results[1][stage]["weights"] == {}
+
+
+@pytest.mark.usefixtures("_store")
+def test_two_ranks_stop_together_and_one_rank_goes_on_alike(ranks: Path, tmp_path: Path) -> None:
+    """The packs of a step are the same for any world size, so the weights are too."""
+    run = ranks / "run"
+    found = latest(run / "test" / "pretrain" / "checkpoints")
+    assert found is not None
+    assert (found.step, found.state["world_size"], found.state["zero_stage"]) == (2, 2, 2)
+    assert len(list((found.path / "engine").glob("optimizer-*-of-00002.safetensors"))) == 2
+    assert pretrain_worker(make_config(run))["step"] == 4
+    pretrain_worker(make_config(tmp_path))
+    one, other = (
+        load_weights(root / "test" / "pretrain" / "checkpoints")[0] for root in (run, tmp_path)
+    )
+    names = [name for name in one if "qkv.bias" not in name]
+    assert max(float((one[name] - other[name]).abs().max()) for name in names) < 1e-4
+    both, alone = (
+        read_metrics(root / "test" / "pretrain" / "metrics.jsonl") for root in (run, tmp_path)
+    )
+    for there, here in zip(both, alone, strict=True):
+        assert there.keys() == here.keys()
+        for name in (key for key in here if key.startswith("loss")):
+            assert there[name] == pytest.approx(here[name], rel=1e-4), name
+
+
+def stop_on_rank_1(out: Path) -> None:
+    """Train on two ranks through the whole worker until rank 1 is asked to stop at step 2."""
+    pretrain.open_store = lambda path: mixed_store()  # type: ignore[attr-defined]
+    config = make_config(out / "run", engine=EngineConfig(zero_stage=2))
+    asked = iter([False, rank() == 1])
+    try:
+        pretrain_worker(config, stop_requested=lambda: next(asked))
+    except TrainingInterrupted:
+        return
+    raise AssertionError(f"rank {rank()} was not stopped")
 
 
 if __name__ == "__main__":
     with process_group(timeout_s=60):
         results = {str(stage): train_disjoint(stage) for stage in (0, 1, 2, 3)}
         Path(sys.argv[1], f"rank-{rank()}.json").write_text(json.dumps(results))
+        stop_on_rank_1(Path(sys.argv[1]))
