@@ -1,7 +1,4 @@
-"""The stream: the same packs for any world size, thread count and place of resume; honest errors.
-
-The store here is a real one that holds its studies in memory.
-"""
+"""The same packs for any world size, thread count and place of resume; honest errors."""
 
 import json
 import logging
