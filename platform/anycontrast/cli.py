@@ -1,13 +1,20 @@
 """The command line: `anycontrast VERB config.yaml key=value ...`.
 
 Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 configuration or usage; 3 data (a study,
-the manifest or a shard); 5 checkpoint; 6 release; 7 training or the cluster; 130 interrupted.
+the manifest, a shard, or a file that cannot be read or written); 5 checkpoint; 6 release;
+7 training or the cluster; 130 interrupted (run the same command to go on).
 """
 
+import ast
+import dataclasses
+import difflib
+import inspect
 import json
 import logging
+import re
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +23,19 @@ from anycontrast.log import setup_logging
 
 logger = logging.getLogger(__name__)
 
-_BUG, _CONFIG, _DATA, _CHECKPOINT, _RELEASE, _TRAINING, _INTERRUPTED = 1, 2, 3, 5, 6, 7, 130
+_BUG, _CONFIG, _DATA, _INTERRUPTED = 1, 2, 3, 130
+# By name, so that telling a usage error from others loads none of the libraries behind them.
+_CODES = {
+    "UsageError": _CONFIG,
+    "ConfigError": _CONFIG,
+    "CheckpointError": 5,
+    "ReleaseError": 6,
+    "TrainingError": 7,
+    "StudyError": _DATA,
+    "TrainingInterrupted": _INTERRUPTED,
+    "KeyboardInterrupt": _INTERRUPTED,
+}
+_SETTING = re.compile(r"[A-Za-z_][\w.]*(\[[^\]]*\])?=.*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,8 @@ class Verb:
     help: str
     run: Callable[[list[str], list[str]], object]
     """Called with the positional words and the `key=value` words."""
+    sections: tuple[str, ...] = ()
+    """Parts of the configuration it reads, for its help."""
 
 
 class UsageError(ValueError):
@@ -40,105 +61,192 @@ def _words(words: list[str], names: str) -> list[str]:
     return words
 
 
+def _config_file(words: list[str]) -> Path | None:
+    if len(words) > 1:
+        raise UsageError(
+            f"expected at most one config file and key=value words, got {' '.join(words)}"
+        )
+    return Path(words[0]) if words else None
+
+
 def _stage(name: str) -> Callable[[list[str], list[str]], object]:
     def run(words: list[str], overrides: list[str]) -> object:
+        path = _config_file(words)
         from anycontrast import stages
         from anycontrast.training.config import load_config
 
-        if len(words) > 1:
-            raise UsageError(f"expected one config file and key=value words, got {' '.join(words)}")
-        config = load_config(Path(words[0]) if words else None, overrides)
-        return getattr(stages, name)(config)
+        return getattr(stages, name)(load_config(path, overrides))
 
     return run
 
 
 def _validate(words: list[str], overrides: list[str]) -> object:
+    path = _config_file(words)
     from anycontrast.training.config import load_config
     from anycontrast_datasets.manifest import read_manifest
     from anycontrast_datasets.store.reader import open_store
     from anycontrast_datasets.study import ShardError
 
-    config = load_config(Path(words[0]) if words else None, overrides)
+    config = load_config(path, overrides)
     studies = read_manifest(config.paths.manifest / "manifest.parquet")
-    problems = open_store(config.paths.shards).verify()
-    if problems:
-        raise ShardError("; ".join(problems))
-    return {"studies": len(studies), "shards": "every byte as written"}
+    store = open_store(config.paths.shards)
+    if problems := store.verify():
+        raise ShardError(f"validating {config.paths.shards}: {'; '.join(problems)}")
+    return {
+        "studies": len(studies),
+        "sharded": len(store.records),
+        "shards": "every byte as written",
+    }
 
 
 def _pull(words: list[str], overrides: list[str]) -> object:
+    (source,) = _words(words, "PATH_OR_URL")
     from anycontrast.release.hub import pull
     from anycontrast.training.config import load_config
 
-    (source,) = _words(words, "PATH_OR_URL")
     path = pull(source, load_config(None, overrides).pull)
-    return {"release": str(path), "load": f'anycontrast.load_pretrained("{path}")'}
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("kind")
+    use = {"predict": f"anycontrast predict {path} STUDY_DIR OUT"} if kind == "segmenter" else {}
+    return {"release": str(path), "load": f'anycontrast.load_pretrained("{path}")', **use}
 
 
 def _verify(words: list[str], overrides: list[str]) -> object:
+    (release,) = _words(words, "RELEASE")
     from anycontrast.release.hub import verify_release
 
-    (release,) = _words(words, "RELEASE")
     if overrides:
-        raise UsageError(f"verify takes no options, got {' '.join(overrides)}")
+        raise UsageError(f"verify takes no settings, got {' '.join(overrides)}")
     manifest = verify_release(Path(release))
     return {"files": len(manifest["files"]), "state": "every byte as released"}
 
 
 def _predict(words: list[str], overrides: list[str]) -> object:
+    release, study_dir, out = _words(words, "RELEASE STUDY_DIR OUT")
     from anycontrast.release.predict import run_predict
     from anycontrast.training.config import load_config
 
-    release, study_dir, out = _words(words, "RELEASE STUDY_DIR OUT")
-    config = load_config(None, overrides).predict
-    return run_predict(Path(release), Path(study_dir), Path(out), config)
+    config = load_config(None, overrides)
+    return run_predict(release, Path(study_dir), Path(out), config.predict)
 
 
+_RUN = "[CONFIG] [key=value ...]"
 VERBS = {
-    "scan": Verb(
-        "[CONFIG] [key=value ...]", "source studies -> manifest and ledger", _stage("scan")
-    ),
-    "shard": Verb("[CONFIG] [key=value ...]", "manifest -> shards", _stage("shard")),
-    "validate": Verb("[CONFIG] [key=value ...]", "check manifest and every shard byte", _validate),
+    "scan": Verb(_RUN, "source studies -> manifest and ledger", _stage("scan"), ("scan",)),
+    "shard": Verb(_RUN, "manifest -> shards", _stage("shard"), ("prepare", "shard")),
+    "validate": Verb(_RUN, "check the manifest and every byte of the shards", _validate),
     "pretrain": Verb(
-        "[CONFIG] [key=value ...]", "shards -> pretrained encoder", _stage("pretrain")
+        _RUN,
+        "shards -> pretrained encoder",
+        _stage("pretrain"),
+        ("model", "masking", "pretrain", "cluster"),
     ),
-    "finetune": Verb("[CONFIG] [key=value ...]", "encoder -> segmenter", _stage("finetune")),
-    "evaluate": Verb("[CONFIG] [key=value ...]", "Dice per contrast subset", _stage("evaluate")),
-    "export": Verb("[CONFIG] [key=value ...]", "checkpoints -> releases", _stage("export")),
-    "pull": Verb("PATH_OR_URL [key=value ...]", "fetch and verify a release", _pull),
+    "finetune": Verb(_RUN, "encoder -> segmenter", _stage("finetune"), ("finetune",)),
+    "evaluate": Verb(_RUN, "Dice per contrast subset", _stage("evaluate"), ("evaluate",)),
+    "export": Verb(_RUN, "checkpoints -> releases", _stage("export"), ("export",)),
+    "pull": Verb("PATH_OR_URL [key=value ...]", "fetch and verify a release", _pull, ("pull",)),
     "verify": Verb("RELEASE", "check every byte of a release", _verify),
-    "predict": Verb("RELEASE STUDY_DIR OUT [key=value ...]", "segment one study", _predict),
+    "predict": Verb(
+        "RELEASE STUDY_DIR OUT [key=value ...]",
+        "segment the study in a folder of NIfTI files",
+        _predict,
+        ("predict",),
+    ),
 }
 
 
 def _help() -> str:
-    lines = [f"anycontrast {__version__}", "", "usage: anycontrast VERB ...", ""]
-    lines += [f"  {name:9} {verb.usage:40} {verb.help}" for name, verb in VERBS.items()]
-    return "\n".join(
-        [*lines, "", "Exit codes: " + (__doc__ or "").split("Exit codes: ")[1].strip()]
-    )
+    lines = [
+        f"anycontrast {__version__}: pretrain 3D MRI transformers on any subset of contrasts",
+        "",
+        "usage: anycontrast VERB ...          anycontrast VERB --help lists the verb's settings",
+        "",
+        *(f"  {name:9} {verb.usage:38} {verb.help}" for name, verb in VERBS.items()),
+        "",
+        "CONFIG is a YAML file; key=value words override it, e.g. pretrain.steps=500. Everything a",
+        "run makes lies under <root>/<name>/, by default runs/demo/. Results are JSON on standard",
+        "output, messages go to standard error.",
+        "",
+        "Exit codes: " + (__doc__ or "").partition("Exit codes: ")[2].strip(),
+    ]
+    return "\n".join(lines)
+
+
+def _verb_help(name: str) -> str:
+    verb = VERBS[name]
+    lines = [f"usage: anycontrast {name} {verb.usage}", "", verb.help]
+    if verb.sections:
+        from anycontrast.training.config import Config
+
+        sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+        lines += ["", "Settings, with their defaults:"]
+        for section in verb.sections:
+            make = sections[section]
+            assert callable(make), f"{section} is a section of Config"
+            lines += _settings(make(), section)
+    return "\n".join(lines)
+
+
+def _settings(config: object, prefix: str) -> Iterator[str]:
+    """One line per field with its default, and below it the docstring that stands under it."""
+    documented = _field_docs(type(config))
+    assert dataclasses.is_dataclass(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}.{field.name}")
+            continue
+        yield f"  {prefix}.{field.name}={json.dumps(value, default=str)}"
+        text = " ".join(documented.get(field.name, "").split()).replace("None", "null")
+        yield from textwrap.wrap(text, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """Field name -> the string that stands under it in the source, base classes included."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                found[field.target.id] = str(text.value.value)
+    return found
 
 
 def exit_code_of(error: BaseException) -> int:
     """Which documented exit code an error stands for."""
-    from anycontrast.release.hub import ReleaseError
-    from anycontrast.training.checkpoint import CheckpointError
-    from anycontrast.training.config import ConfigError
-    from anycontrast.training.loop import TrainingError
-    from anycontrast_datasets.study import StudyError
+    names = [kind.__name__ for kind in type(error).__mro__]
+    code = next((_CODES[name] for name in names if name in _CODES), None)
+    if code is not None:
+        return code
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("anycontrast"):
+        return _CONFIG
+    if isinstance(error, OSError) and error.filename is not None:
+        return _DATA
+    return _BUG
 
-    table: tuple[tuple[type[BaseException], int], ...] = (
-        (UsageError, _CONFIG),
-        (ConfigError, _CONFIG),
-        (CheckpointError, _CHECKPOINT),
-        (ReleaseError, _RELEASE),
-        (TrainingError, _TRAINING),
-        (StudyError, _DATA),
-        (KeyboardInterrupt, _INTERRUPTED),
-    )
-    return next((code for kind, code in table if isinstance(error, kind)), _BUG)
+
+def message_of(error: BaseException) -> str:
+    """What a user is told of an error, on one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by the keyboard"
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the library {error.name!r} is not installed; training and the phantom need "
+            "`pip install 'anycontrast[train]'`"
+        )
+    if type(error).__module__ == "builtins" and isinstance(error, OSError):
+        return (
+            f"{error.filename}: {error.strerror}; check the path, its permissions and the free "
+            "space"
+        )
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -153,10 +261,9 @@ def guarded(run: Callable[[], object]) -> int:
         code = exit_code_of(error)
         if code == _BUG:
             raise
-        print(
-            f"anycontrast: error: {error}" if code != _INTERRUPTED else "interrupted",
-            file=sys.stderr,
-        )
+        logger.debug("where it happened", exc_info=True)
+        word = "interrupted" if code == _INTERRUPTED else "error"
+        print(f"anycontrast: {word}: {message_of(error)}", file=sys.stderr)
         return code
     if result is not None:
         print(json.dumps(result, indent=2, default=str))
@@ -167,27 +274,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in {"-h", "--help", "help"}:
-        print(_help())
+        print(_help(), file=sys.stdout if words else sys.stderr)
         return 0 if words else _CONFIG
     if words[0] == "--version":
         print(__version__)
         return 0
     setup_logging()
     name, *rest = words
-    if name not in VERBS:
-        import difflib
+    if name in VERBS and any(word in {"-h", "--help"} for word in rest):
+        return guarded(lambda: print(_verb_help(name)))
+    return guarded(lambda: _run(name, rest))
 
+
+def _run(name: str, rest: list[str]) -> object:
+    if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f'; did you mean "{near[0]}"?' if near else f"; verbs: {', '.join(VERBS)}"
-        print(f"anycontrast: error: no verb {name!r}{hint}", file=sys.stderr)
-        return _CONFIG
-    verb = VERBS[name]
-    if any(word in {"-h", "--help"} for word in rest):
-        print(f"usage: anycontrast {name} {verb.usage}\n{verb.help}")
-        return 0
-    overrides = [word for word in rest if "=" in word and not Path(word).exists()]
+        hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
+        raise UsageError(f"no verb {name!r}; {hint}")
+    if options := [word for word in rest if word.startswith("-")]:
+        raise UsageError(
+            f"{name} has no option {options[0]!r}; settings are key=value words, and "
+            f"`anycontrast {name} --help` lists them"
+        )
+    overrides = [word for word in rest if _SETTING.fullmatch(word) and not Path(word).exists()]
     positional = [word for word in rest if word not in overrides]
-    return guarded(lambda: verb.run(positional, overrides))
+    try:
+        return VERBS[name].run(positional, overrides)
+    except UsageError as error:
+        raise UsageError(f"{error}; usage: anycontrast {name} {VERBS[name].usage}") from None
 
 
 if __name__ == "__main__":

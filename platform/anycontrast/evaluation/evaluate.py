@@ -25,6 +25,7 @@ from anycontrast.evaluation.tables import (
     write_plot,
     write_study_csv,
 )
+from anycontrast.log import progress
 from anycontrast_datasets.study import ManifestError
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def run_evaluate(config: "Config") -> dict[str, Any]:
         )
     models = {variant: load_finetuned(path) for variant, path in checkpoints.items()}
     store = open_store(config.paths.shards)
-    scores = score_models(models, store, config.evaluate)
+    with progress("evaluating", "studies") as on_study:
+        scores = score_models(models, store, config.evaluate, on_study=on_study)
     summary = write_report(scores, config.paths.report, config.evaluate, checkpoints)
     logger.info("Dice per contrast subset in %s", config.paths.report / "dice_by_subset.md")
     return summary

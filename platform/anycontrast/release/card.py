@@ -11,13 +11,18 @@ _USE = {
 import anycontrast
 
 pretrained = anycontrast.load_pretrained("PATH_OR_URL")
+study = pretrained.read("STUDY_DIR")  # a folder of NIfTI files, named by contrast
 features, batch = pretrained.encode([study])  # one row per non-empty patch of every contrast
 ```""",
     "segmenter": """\
 ```bash
-anycontrast predict PATH STUDY_DIR OUT
-```""",
+anycontrast predict PATH_OR_URL STUDY_DIR OUT
+```
+
+`anycontrast.load_pretrained("PATH_OR_URL")` gives the encoder of a segmenter with an adaptive
+head.""",
 }
+_TASK = {"encoder": "image-feature-extraction", "segmenter": "image-segmentation"}
 
 
 def write_card(path: Path, facts: dict[str, Any], score: Any, description: str) -> None:
@@ -30,12 +35,12 @@ def write_card(path: Path, facts: dict[str, Any], score: Any, description: str) 
         description: one paragraph of the author's, may be empty.
     """
     seen = "\n".join(f"| {name} | {count} |" for name, count in facts["contrasts_seen"].items())
-    model = facts["model"]
+    model, training = facts["model"], facts["training"]
     text = f"""\
 ---
-license: {facts["license"].lower()}
+{_license_metadata(facts["license"])}
 library_name: anycontrast
-pipeline_tag: image-feature-extraction
+pipeline_tag: {_TASK[facts["kind"]]}
 tags: [mri, brain, masked-autoencoder, missing-contrasts]
 ---
 
@@ -64,9 +69,8 @@ Research use only; not a medical device, not for diagnosis.
 
 ## Training
 
-Step {facts["training"]["step"]}, seed {facts["training"]["seed"]}, data
-`{facts["training"]["dataset"]}` (fingerprint `{facts["training"]["dataset_fingerprint"][:16]}`),
-anycontrast {facts["anycontrast_version"]}.
+Step {training["step"]}, seed {training["seed"]}, data `{training["dataset"]}` (fingerprint
+`{training["dataset_fingerprint"][:16]}`), anycontrast {facts["anycontrast_version"]}.
 
 ## Evaluation
 
@@ -77,7 +81,35 @@ The decoder is not part of this release: it is built to fill in images and can r
     write_synced(path, text.encode())
 
 
+# Identifiers that hubs know in this spelling; any other licence is `other` with a name.
+_HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0")
+_HUB_LICENSES += ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0")
+
+
+def _license_metadata(spdx: str) -> str:
+    if spdx.lower() in _HUB_LICENSES:
+        return f"license: {spdx.lower()}"
+    return f"license: other\nlicense_name: {spdx}\nlicense_link: LICENSE"
+
+
 def _score_text(score: Any) -> str:
+    """A table of the report's rows, or that there is none."""
     if not score:
         return "Not evaluated on a downstream task by this release."
-    return "Expected score, Dice per contrast subset: see `eval.json`."
+    lines = [
+        f"Dice, split {score['protocol']['split']}, {score['num_studies']} studies; mean and 95 % "
+        "interval over studies. Every number is in `eval.json`.",
+        "",
+        "| contrasts | region | model | Dice |",
+        "|---|---|---|--:|",
+    ]
+    for row in score["rows"]:
+        lines.append(f"| {row['subset']} | {row['region']} | {row['variant']} | {_interval(row)} |")
+    return "\n".join(lines)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    mean, low, high = (row.get(f"dice_{part}") for part in ("mean", "low", "high"))
+    if mean is None:
+        return "none"
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f}-{high:.3f})"

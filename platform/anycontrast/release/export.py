@@ -3,20 +3,23 @@
 A release carries what another team needs to use it and to judge it: weights as safetensors, the
 architecture, how studies must be prepared, which contrasts were seen and how often, the licence,
 and the score it should reach. The decoder stays behind: it is built to recall training images.
+The same checkpoints give the same bytes; a release that is there already is left alone.
 """
 
 import json
 import logging
 import os
+import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anycontrast import __version__
 from anycontrast.release.card import write_card
-from anycontrast.release.files import write_manifest, write_synced
+from anycontrast.release.errors import ReleaseError
+from anycontrast.release.files import MANIFEST, verify_release, write_manifest, write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +34,25 @@ class ExportConfig:
     """What a release says of itself beside what the run knows."""
 
     name: str | None = None
-    """Release name; None takes the run's name."""
+    """Release name, letters, digits, `.`, `_` and `-`; None takes the run's name."""
     license: str = "Apache-2.0"
     """SPDX identifier of the weights' licence; the data's terms may demand another one."""
     license_file: str | None = None
-    """Text of that licence, copied into the release; required unless the SPDX name says enough."""
+    """Text of that licence, copied into the release as LICENSE; None leaves it out."""
     description: str = ""
     """One paragraph for the card."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(
+                "export.name must be letters, digits, '.', '_' or '-', starting with a letter or "
+                f"digit, got {self.name!r}"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9.+-]+", self.license):
+            raise ValueError(
+                "export.license must be an SPDX identifier such as Apache-2.0 or CC-BY-NC-4.0, got "
+                f"{self.license!r}; use LicenseRef-NAME and export.license_file for another one"
+            )
 
 
 def run_export(config: "Config") -> list[Path]:
@@ -47,36 +62,45 @@ def run_export(config: "Config") -> list[Path]:
         The release folders, `release/encoder` first.
 
     Raises:
-        CheckpointError: there is no valid checkpoint.
+        CheckpointError: there is no whole checkpoint.
+        ConfigError: the licence file is missing.
+        ShardError: the shards, which say what was seen, are gone.
     """
     from anycontrast.training.checkpoint import CheckpointError, latest
+    from anycontrast.training.config import ConfigError
 
-    newest = latest(config.paths.pretrain / "checkpoints")
+    license_file = config.export.license_file
+    if license_file is not None and not Path(license_file).is_file():
+        raise ConfigError(f"export.license_file: no file {license_file}; correct the path")
+    folder = config.paths.pretrain / "checkpoints"
+    newest = latest(folder)
     if newest is None:
         raise CheckpointError(
-            f"export: no valid checkpoint under {config.paths.pretrain}; run `anycontrast pretrain`"
+            f"export: no whole checkpoint in {folder} (a damaged one is named in the log); run "
+            "`anycontrast pretrain` with the same config"
         )
     made = [_export(config, newest.path, config.paths.release / "encoder", score=None)]
-    segmenter = _best_segmenter(config.paths.finetune / "pretrained")
+    segmenter = _best_segmenter(config)
     if segmenter is not None:
         made.append(
             _export(config, segmenter, config.paths.release / "segmenter", score=_score(config))
         )
-    for path in made:
-        logger.info("released %s", path)
     return made
 
 
-def _best_segmenter(folder: Path) -> Path | None:
-    best = folder / "best.json"
-    if not best.is_file():
-        return None
-    return folder / "checkpoints" / str(json.loads(best.read_text())["checkpoint"])
+def _best_segmenter(config: "Config") -> Path | None:
+    """The finetuned checkpoint to release: pretrained before scratch."""
+    from anycontrast.evaluation.evaluate import find_finetuned
+
+    found = find_finetuned(config.paths.finetune)
+    if "pretrained" not in found and "scratch" in found:
+        logger.warning("releasing the segmenter trained from scratch: no other was finetuned")
+    return found.get("pretrained", found.get("scratch"))
 
 
 def _score(config: "Config") -> Any:
     path = config.paths.report / "dice_by_subset.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _export(config: "Config", checkpoint: Path, out: Path, *, score: Any) -> Path:
@@ -89,18 +113,42 @@ def _export(config: "Config", checkpoint: Path, out: Path, *, score: Any) -> Pat
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write_weights(temporary / "model.safetensors", _released(tensors, kind))
-    write_synced(temporary / "config.json", json.dumps(facts, indent=2, sort_keys=True).encode())
-    if score is not None:
-        write_synced(temporary / "eval.json", json.dumps(score, indent=2, sort_keys=True).encode())
-    if config.export.license_file is not None:
-        shutil.copyfile(config.export.license_file, temporary / "LICENSE")
-    write_card(temporary / "README.md", facts, score, config.export.description)
-    write_manifest(temporary, {"name": facts["name"], "kind": kind, "license": facts["license"]})
-    if out.exists():
-        shutil.rmtree(out)
-    temporary.rename(out)
+    try:
+        _write_weights(temporary / "model.safetensors", _released(tensors, kind))
+        _write_json(temporary / "config.json", facts)
+        if score is not None:
+            _write_json(temporary / "eval.json", score)
+        if config.export.license_file is not None:
+            write_synced(temporary / "LICENSE", Path(config.export.license_file).read_bytes())
+        write_card(temporary / "README.md", facts, score, config.export.description)
+        write_manifest(
+            temporary, {"name": facts["name"], "kind": kind, "license": facts["license"]}
+        )
+        _swap(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def _swap(temporary: Path, out: Path) -> None:
+    """Put a finished release in its place; an equal one that is whole stays."""
+    if _is_same(temporary, out):
+        logger.info("reused %s: the same release is there already", out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    if out.exists():
+        out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+    logger.info("released %s", out)
+
+
+def _is_same(new: Path, old: Path) -> bool:
+    try:
+        verify_release(old)
+    except ReleaseError:
+        return False
+    return (new / MANIFEST).read_bytes() == (old / MANIFEST).read_bytes()
 
 
 def _released(tensors: "dict[str, Tensor]", kind: str) -> "dict[str, Tensor]":
@@ -114,14 +162,23 @@ def _released(tensors: "dict[str, Tensor]", kind: str) -> "dict[str, Tensor]":
 
 
 def _write_weights(path: Path, tensors: "dict[str, Tensor]") -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    write_synced(path, save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+def _write_json(path: Path, values: Any) -> None:
+    write_synced(path, json.dumps(values, indent=2, sort_keys=True).encode())
 
 
 def _facts(config: "Config", state: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Everything `config.json` holds."""
-    model_config = state["model_config"]
+    """Everything `config.json` holds, from the checkpoint and the shards rather than the config."""
+    from anycontrast_datasets.store.reader import open_store
+
+    store = open_store(config.paths.shards)
+    dataset = json.loads((config.paths.shards / "dataset.json").read_text(encoding="utf-8"))
+    seen = Counter(c for r in store.records if r.split == "train" for c in r.contrasts)
+    model_config, trained = state["model_config"], state["config"]
     is_segmenter = kind == "segmenter"
     return {
         "format_version": 1,
@@ -130,30 +187,29 @@ def _facts(config: "Config", state: dict[str, Any], kind: str) -> dict[str, Any]
         "anycontrast_version": __version__,
         "model": model_config["amae"] if is_segmenter else model_config,
         "segmenter": model_config["segmenter"] if is_segmenter else None,
-        "prepare": asdict(config.prepare),
+        "prepare": dataset["prepare"],
         "intensity": "z-score over each volume's foreground, clipped to percentiles 0.5 and 99.5",
         "orientation": "RAS+, every contrast on the reference contrast's grid",
-        "contrasts_seen": _contrasts_seen(config),
+        "contrasts_seen": dict(sorted(seen.items())),
         "training": {
             "step": state["step"],
-            "seed": config.seed,
+            "seed": trained["seed"],
             "from_scratch": bool(is_segmenter and state.get("from_scratch", False)),
-            "dataset": config.scan.dataset,
-            "dataset_fingerprint": _fingerprint(config),
+            "pretrained_encoder": state.get("origin"),
+            "dataset": trained["scan"]["dataset"] or trained["scan"]["source"],
+            "dataset_fingerprint": _fingerprint(store.fingerprint, state),
         },
         "license": config.export.license,
     }
 
 
-def _contrasts_seen(config: "Config") -> dict[str, int]:
-    from anycontrast_datasets.store.reader import open_store
-
-    store = open_store(config.paths.shards)
-    seen = Counter(c for r in store.records if r.split == "train" for c in r.contrasts)
-    return dict(sorted(seen.items()))
-
-
-def _fingerprint(config: "Config") -> str:
-    from anycontrast_datasets.store.reader import open_store
-
-    return open_store(config.paths.shards).fingerprint
+def _fingerprint(found: str, state: dict[str, Any]) -> str:
+    """The data's fingerprint, which must be that of the data the model saw (`NAME:part`)."""
+    trained_on = str(state.get("stream", {}).get("fingerprint", found)).partition(":")[0]
+    if trained_on != found:
+        raise ReleaseError(
+            f"export: the model was trained on shards {trained_on[:16]}, the run folder now holds "
+            f"{found[:16]}; put those shards back, or train again, so that the release can say "
+            "what was seen"
+        )
+    return found

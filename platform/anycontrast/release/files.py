@@ -15,7 +15,8 @@ from anycontrast.release.errors import ReleaseError, ReleaseNotFoundError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-ALLOWED = re.compile(r"(config\.json|model\.safetensors|README\.md|LICENSE|eval\.json)")
+_NAMES = ("config.json", "model.safetensors", "README.md", "LICENSE", "eval.json")
+ALLOWED = re.compile("|".join(re.escape(name) for name in _NAMES))
 """Every file name a release may hold beside its manifest."""
 
 _CHUNK_BYTES = 1 << 20
@@ -59,9 +60,14 @@ def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
         manifest = json.loads(data)
         files = manifest["files"]
         facts = [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
-        version = int(manifest["format_version"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ReleaseError(f"release {where}: cannot read its {MANIFEST} ({error})") from None
+        version = manifest["format_version"]
+        if type(version) is not int:
+            raise TypeError(f"format_version {version!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ReleaseError(
+            f"release {where}: its {MANIFEST} is not one ({type(error).__name__}: {error}); pull "
+            "or export it again"
+        ) from None
     if version > FORMAT_VERSION:
         raise ReleaseError(
             f"release {where}: format {version} is newer than this version reads "
@@ -69,12 +75,20 @@ def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
         )
     for name, size, digest in facts:
         if not ALLOWED.fullmatch(name):
-            raise ReleaseError(f"release {where}: may not hold {name!r}; do not use it")
-        if not isinstance(size, int) or not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
-            raise ReleaseError(f"release {where}: {MANIFEST} has no size or sha256 for {name}")
+            raise ReleaseError(
+                f"release {where}: may hold {', '.join(_NAMES)} only, its {MANIFEST} lists "
+                f"{name!r}; do not use it"
+            )
+        if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
+            raise ReleaseError(
+                f"release {where}: {MANIFEST} has no size or no sha256 for {name}; pull or export "
+                "it again"
+            )
     for required in ("config.json", "model.safetensors"):
         if required not in files:
-            raise ReleaseError(f"release {where}: {MANIFEST} lists no {required}")
+            raise ReleaseError(
+                f"release {where}: {MANIFEST} lists no {required}; pull or export it again"
+            )
     return dict(manifest)
 
 
@@ -86,8 +100,11 @@ def verify_release(folder: Path) -> dict[str, Any]:
         ReleaseError: a file is missing, extra, a link, or changed; the message names it.
     """
     if not (folder / MANIFEST).is_file():
-        hint = " (that folder has releases inside: name one of them)" if _holds_some(folder) else ""
+        inside = _releases_in(folder)
+        hint = f"; did you mean {' or '.join(inside)}?" if inside else "; check the path"
         raise ReleaseNotFoundError(f"no release in {folder}: it has no {MANIFEST}{hint}")
+    if (folder / MANIFEST).is_symlink():
+        raise ReleaseError(f"release {folder}: {MANIFEST} is a link; only plain files may be")
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), str(folder))
     names = {path.name for path in folder.iterdir()} - {MANIFEST}
     extra, missing = sorted(names - set(manifest["files"])), sorted(set(manifest["files"]) - names)
@@ -109,6 +126,8 @@ def check_file(path: Path, entry: dict[str, Any], where: str) -> None:
     """
     if path.is_symlink():
         raise ReleaseError(f"release {where}: {path.name} is a link; only plain files may be")
+    if not path.is_file():
+        raise ReleaseError(f"release {where}: {path.name} is not a plain file; do not use it")
     size = path.stat().st_size
     if size != entry["size"]:
         raise ReleaseError(
@@ -122,5 +141,8 @@ def check_file(path: Path, entry: dict[str, Any], where: str) -> None:
         )
 
 
-def _holds_some(folder: Path) -> bool:
-    return folder.is_dir() and any((child / MANIFEST).is_file() for child in folder.iterdir())
+def _releases_in(folder: Path) -> list[str]:
+    """Releases one level down: a user may have named the folder that holds them."""
+    if not folder.is_dir():
+        return []
+    return sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}"))

@@ -2,7 +2,7 @@
 
 The study is read, prepared and normalised exactly as the release's training studies were; the
 probabilities go back through the affine to the grid of one input file, where they are cut at the
-threshold.
+threshold. Outside the box that the model saw, the probability is 0.
 """
 
 import json
@@ -11,17 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anycontrast.release.errors import ReleaseError
-from anycontrast.release.load import load_segmenter, prepare_config_of
+from anycontrast.release.files import write_synced
+from anycontrast.release.load import (
+    load_segmenter,
+    prepare_config_of,
+    read_study_dir,
+    release_folder,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from anycontrast_datasets.study import StudyArrays
+    from anycontrast_datasets.study import StudyRecord
     from anycontrast_datasets.volume import LoadedVolume
 
+    # R regions, X Y Z voxels of the study's box, I J K voxels of an input file.
+    Maps = dict[str, npt.NDArray[np.float32]]
+
 logger = logging.getLogger(__name__)
+
+REPORT_NAME = "prediction.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +41,16 @@ class PredictConfig:
     like: str | None = None
     """Contrast whose file gives the output's grid; None takes the study's reference contrast."""
     table: str | None = None
-    """CSV or TSV (file, subject, session, contrast) naming the contrasts; None reads file names."""
+    """CSV or TSV (file, subject, session, contrast, label) naming the contrasts; None reads file
+    names."""
     threshold: float = 0.5
     """A voxel belongs to a region where its probability is above this."""
     overlap: float = 0.5
-    """Overlap of neighbouring windows."""
+    """Overlap of neighbouring windows, 0 <= overlap < 1."""
     save_probabilities: bool = False
     """Also write one float32 probability map per region."""
     device: str = "auto"
-    """`auto` takes CUDA when there is one."""
+    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
@@ -48,93 +59,138 @@ class PredictConfig:
             raise ValueError(f"predict.overlap must be in 0 <= overlap < 1, got {self.overlap}")
 
 
-def run_predict(release: Path, study_dir: Path, out: Path, config: PredictConfig) -> dict[str, Any]:
+def run_predict(
+    release: str | Path, study_dir: Path, out: Path, config: PredictConfig
+) -> dict[str, Any]:
     """Segment the study in `study_dir` and write `out/<region>.nii.gz`, one mask per region.
 
+    Nothing is written before the prediction is complete; files of other names in `out` stay.
+
+    Args:
+        release: folder or URL of a segmenter release.
+        study_dir: folder of one study's NIfTI files.
+        out: folder for the masks, made when missing; not inside `study_dir`.
+        config: grid of the output, threshold, windows, device.
+
     Returns:
-        What was used and written; also saved as `out/prediction.json`.
+        What was used and written; also saved as `out/prediction.json`, last.
 
     Raises:
         ReleaseError: not a segmenter release.
         StudyError: no usable volume in `study_dir`.
+        ConfigError: `out` cannot be used, no such device, or `predict.like` is not in the study.
     """
-    import torch
-
     from anycontrast.evaluation.inference import predict_study
-    from anycontrast.models.segmenter import SegmenterConfig
-    from anycontrast_datasets.prepare import prepare_volumes
-    from anycontrast_datasets.sources.study_dir import scan_study_dir
-    from anycontrast_datasets.volume import read_volume
 
-    model, facts = load_segmenter(release)
-    device = config.device if config.device != "auto" else _default_device()
-    found = scan_study_dir(study_dir, Path(config.table) if config.table else None)
-    volumes = {contrast: read_volume(path) for contrast, path in found.paths.items()}
-    arrays = prepare_volumes(found.study, volumes, None, prepare_config_of(facts))
-    like = config.like or arrays.record.reference
-    if like not in volumes:
-        raise ReleaseError(
-            f"predict: predict.like={like} is not among the study's contrasts "
-            f"{', '.join(volumes)}; choose one of them"
-        )
-    segmenter = SegmenterConfig(
-        **{k: tuple(v) if k.endswith("_vox") else v for k, v in facts["segmenter"].items()}
+    _check_out(study_dir, out)
+    device = _device(config.device)
+    model, facts = load_segmenter(release_folder(release))
+    arrays, volumes, refused = read_study_dir(study_dir, config.table, prepare_config_of(facts))
+    like = _like(config.like or arrays.record.reference, list(volumes))
+    probabilities_RXYZ = predict_study(
+        model.to(device), arrays, overlap=config.overlap, device=device
     )
-    with torch.no_grad():
-        probabilities = predict_study(
-            model.to(device),
-            arrays,
-            window_vox=segmenter.window_vox,
-            overlap=config.overlap,
-            device=device,
-        )
-    written = _write(
-        out, probabilities, list(segmenter.region_values), arrays, volumes[like], config
-    )
+    maps = {
+        region: on_input_grid(probability_XYZ, arrays.record, volumes[like])
+        for region, probability_XYZ in zip(model.regions, probabilities_RXYZ, strict=True)
+    }
+    num_voxels = {name: int((map_IJK > config.threshold).sum()) for name, map_IJK in maps.items()}
     report = {
         "release": facts["name"],
         "contrasts_used": list(arrays.record.contrasts),
-        "refused": [
-            {"file": r.location, "code": r.code, "reason": r.reason} for r in found.refused
-        ],
+        "refused": [{"file": r.location, "code": r.code, "reason": r.reason} for r in refused],
         "geometry_of": like,
-        "written": written,
+        "threshold": config.threshold,
+        "voxels": num_voxels,
+        "written": _write(out, maps, volumes[like], config),
     }
-    (out / "prediction.json").write_text(json.dumps(report, indent=2))
-    return report
+    write_synced(out / REPORT_NAME, json.dumps(report, indent=2).encode())
+    return {"out": str(out), **report}
 
 
-def _default_device() -> str:
-    import torch
+def on_input_grid(
+    probability_XYZ: "npt.NDArray[np.float32]", record: "StudyRecord", like: "LoadedVolume"
+) -> "npt.NDArray[np.float32]":
+    """Bring a probability map of the study's box onto the grid of an input file.
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    Where the file's voxels are larger than the box's, a voxel gets the mean over it.
 
+    Args:
+        probability_XYZ: [X, Y, Z] on the box of `record`.
+        record: where the box lies.
+        like: the input volume.
 
-def _write(
-    out: Path,
-    probabilities_RXYZ: "npt.NDArray[np.float32]",
-    regions: list[str],
-    arrays: "StudyArrays",
-    like: "LoadedVolume",
-    config: PredictConfig,
-) -> list[str]:
+    Returns:
+        [I, J, K] in the axes and the shape of the file `like` was read from; 0 outside the box.
+    """
     import numpy as np
 
-    from anycontrast_datasets.resample import resample
-    from anycontrast_datasets.volume import to_source_grid, write_volume
+    from anycontrast_datasets.resample import Grid, resample
+    from anycontrast_datasets.volume import to_source_grid
+
+    x, y, z = record.shape
+    # `resample` holds the border's value outside; a rim of zeros makes that value 0.
+    box = Grid(shape=(x, y, z), affine=np.asarray(record.affine, dtype=np.float64))
+    rim = box.box((-1, -1, -1), (x + 2, y + 2, z + 2))
+    i, j, k = like.array.shape
+    target = Grid(shape=(i, j, k), affine=np.asarray(like.affine, dtype=np.float64))
+    return to_source_grid(resample(np.pad(probability_XYZ, 1), rim, target), like)
+
+
+def _write(out: Path, maps: "Maps", like: "LoadedVolume", config: PredictConfig) -> list[str]:
+    import numpy as np
+
+    from anycontrast_datasets.volume import write_volume
 
     out.mkdir(parents=True, exist_ok=True)
+    (out / REPORT_NAME).unlink(missing_ok=True)
     written = []
-    box_affine = np.asarray(arrays.record.affine)
-    for region, probability_XYZ in zip(regions, probabilities_RXYZ, strict=True):
-        on_input = resample(probability_XYZ, box_affine, like.array.shape, like.affine)
-        in_file_order = to_source_grid(on_input, like)
-        mask = (in_file_order > config.threshold).astype(np.uint8)
-        write_volume(out / f"{region}.nii.gz", mask, like.source_affine)
+    for region, map_IJK in maps.items():
+        mask_IJK = (map_IJK > config.threshold).astype(np.uint8)
+        write_volume(out / f"{region}.nii.gz", mask_IJK, like.source_affine)
         written.append(f"{region}.nii.gz")
         if config.save_probabilities:
-            name = f"{region}_probability.nii.gz"
-            write_volume(out / name, in_file_order.astype(np.float32), like.source_affine)
-            written.append(name)
-        logger.info("%s: %d voxels above %.2f", region, int(mask.sum()), config.threshold)
+            write_volume(out / f"{region}_probability.nii.gz", map_IJK, like.source_affine)
+            written.append(f"{region}_probability.nii.gz")
+        logger.info("%s: %d voxels above %.2f", region, int(mask_IJK.sum()), config.threshold)
     return written
+
+
+def _check_out(study_dir: Path, out: Path) -> None:
+    from anycontrast.training.config import ConfigError
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"predict: OUT must be a folder, {out} is a file; name another")
+    if out.resolve().is_relative_to(study_dir.resolve()):
+        raise ConfigError(
+            f"predict: OUT must not lie in the study's folder, got {out} in {study_dir}; a later "
+            "run would read its own masks as input, so name a folder elsewhere"
+        )
+
+
+def _like(wanted: str, contrasts: list[str]) -> str:
+    from anycontrast.training.config import ConfigError
+
+    if wanted not in contrasts:
+        raise ConfigError(
+            f"predict.like must be one of the study's contrasts {', '.join(contrasts)}, got "
+            f"{wanted}"
+        )
+    return wanted
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from anycontrast.training.config import ConfigError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"predict.device={name} cannot be used here ({str(error).splitlines()[0]}); use auto "
+            "or cpu"
+        ) from error
+    return name

@@ -1,0 +1,156 @@
+"""Stages: what a run leaves behind, and what is used again when it is run again."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from anycontrast import stages
+from anycontrast.training.config import Config, ConfigError, load_config
+
+
+def test_a_run_leaves_one_folder_per_stage_and_nothing_else(tiny_run: Config) -> None:
+    assert sorted(p.name for p in tiny_run.paths.run.iterdir()) == [
+        "finetune",
+        "manifest",
+        "pretrain",
+        "release",
+        "report",
+        "shards",
+        "source",
+    ]
+    assert (tiny_run.paths.report / "loss.png").is_file()
+
+
+def test_results_count_what_went_in_and_out(run_copy: Path) -> None:
+    config = load_config(run_copy)
+    scanned, sharded = stages.scan(config), stages.shard(config)
+    assert scanned["inputs"] == scanned["accepted"] + scanned["refused"] > 0
+    assert sharded["studies"] == sharded["sharded"] + sharded["refused"] == scanned["studies"]
+    assert Path(scanned["ledger"]).is_file()
+    json.dumps([scanned, sharded])
+
+
+def test_nothing_changed_is_reused_and_said(
+    run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(run_copy)
+    # The copy lies elsewhere and has other times; the first run in it is a new one.
+    stages.scan(config)
+    before = _state(config.paths.run)
+    for name in ("scan", "shard", "evaluate", "export"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            getattr(stages, name)(config)
+        assert "reused" in caplog.text, name
+    assert _state(config.paths.run, but="index.parquet") == {
+        k: v for k, v in before.items() if not k.endswith("index.parquet")
+    }
+
+
+def test_training_that_is_done_is_not_done_again(
+    run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        pretrained = stages.pretrain(load_config(run_copy))
+        finetuned = stages.finetune(load_config(run_copy))
+    assert caplog.text.count("all 4 steps are done already") == 2
+    assert pretrained["step"] == finetuned["step"] == 4
+    assert pretrained["loss"] > 0
+
+
+def test_a_changed_setting_makes_the_manifest_again(
+    run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages.scan(load_config(run_copy))
+    with caplog.at_level(logging.INFO):
+        result = stages.scan(load_config(run_copy, ["scan.contrasts=[DWI]"]))
+    assert "reused" not in caplog.text.replace("reusing", "")
+    assert result["refused_by_code"]["contrast_not_selected"] > 0
+
+
+def test_a_changed_source_file_makes_the_manifest_again(
+    run_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "runs" / "tiny" / "source"
+    words = ["name=bids", "scan.source=bids", f"scan.root={root}"]
+    first = stages.scan(load_config(run_copy, words))
+    image = next(root.rglob("*_ADC.nii.gz"))
+    os.utime(image, (1, 1))
+    with caplog.at_level(logging.INFO):
+        stages.scan(load_config(run_copy, words))
+        assert "reused" not in caplog.text
+        image.unlink()
+        assert stages.scan(load_config(run_copy, words))["inputs"] == first["inputs"] - 1
+        assert "reused" not in caplog.text
+        stages.scan(load_config(run_copy, words))
+        assert "reused" in caplog.text
+
+
+def test_a_phantom_whose_file_is_gone_is_made_again(
+    run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(run_copy)
+    stages.scan(config)
+    image = next(config.paths.source.rglob("*_ADC.nii.gz"))
+    image.unlink()
+    with caplog.at_level(logging.INFO):
+        stages.scan(config)
+    assert image.is_file()
+    assert "reused" not in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["manifest.parquet", "private/sources.parquet", "stage.json"])
+def test_a_damaged_manifest_is_made_again(
+    run_copy: Path, damaged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(run_copy)
+    stages.scan(config)
+    (config.paths.manifest / damaged).write_bytes(b"{")
+    with caplog.at_level(logging.INFO):
+        stages.scan(config)
+    assert "reused" not in caplog.text
+    assert stages.shard(config)["refused"] == 0
+
+
+def test_a_lost_shard_is_written_again_with_the_same_bytes(run_copy: Path) -> None:
+    config = load_config(run_copy)
+    shard = next(config.paths.shards.glob("shard-*.tar"))
+    whole = shard.read_bytes()
+    shard.unlink()
+    stages.shard(config)
+    assert shard.read_bytes() == whole
+
+
+def test_a_new_model_is_evaluated_again(run_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(run_copy)
+    with caplog.at_level(logging.INFO):
+        result = stages.evaluate(config)
+        assert "reused" in caplog.text
+        shutil.rmtree(config.paths.finetune / "scratch")
+        caplog.clear()
+        alone = stages.evaluate(config)
+    assert "reused" not in caplog.text
+    assert set(result) == set(alone)
+    assert len(alone["dice_of_largest_subset"]) < len(result["dice_of_largest_subset"])
+
+
+def test_training_makes_the_phantom_only_when_asked_for_it(tmp_path: Path) -> None:
+    config = load_config(None, [f"root={tmp_path}", "scan.source=bids", "scan.root=x"])
+    with pytest.raises(ConfigError, match=r"no shards in .*run `anycontrast scan CONFIG`"):
+        stages.ensure_shards(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_of_broken_patches_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    words = [f"root={tmp_path}", "finetune.segmenter.window_vox=[20,16,16]"]
+    with pytest.raises(ConfigError, match=r"finetune\.segmenter\.window_vox.*\(20, 16, 16\)"):
+        stages.finetune(load_config(None, words))
+
+
+def _state(root: Path, but: str = "") -> dict[str, tuple[int, bytes]]:
+    files = (p for p in root.rglob("*") if p.is_file() and p.name not in {but, "dataset.json"})
+    return {str(p.relative_to(root)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
