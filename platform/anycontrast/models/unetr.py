@@ -11,6 +11,7 @@ patch, X Y Z voxels, G the three patch-grid axes.
 Source: Hatamizadeh et al., UNETR, arXiv 2103.10504; blocks from MONAI.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
@@ -30,6 +31,9 @@ from anycontrast_datasets.contrast import DESCRIPTOR_SIZE, contrast_id
 from anycontrast_kernels.patchify import intensity_map
 
 Stride = tuple[int, int, int]
+
+PRIOR = 0.01
+"""Probability of every region that a fresh head predicts everywhere."""
 NORM = "instance"
 
 
@@ -176,6 +180,9 @@ class UNETRDecoder(nn.Module):
             )
         )
         self.out = UnetOutBlock(3, features, num_regions)
+        # Lesions fill about a hundredth of a window: starting at even odds, the first steps of a
+        # finetune would only teach the head to say no. Source: Lin et al., Focal Loss, section 4.1.
+        torch.nn.init.constant_(self.out.conv.conv.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, taps_SEG: Sequence[Tensor], last_SEG: Tensor, skip_SFXYZ: Tensor) -> Tensor:
         """Decode to logits.
