@@ -99,7 +99,7 @@ def load_pretrained(path: str | Path) -> Pretrained:
         tensors = _encoder_of_segmenter(tensors, folder)
     try:
         encoder = AMAE(_amae_config(config["model"])).encoder
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _bad_config(folder, error) from error
     load_strictly(encoder, tensors, str(folder))
     return Pretrained(encoder.eval(), config, folder)
@@ -158,7 +158,7 @@ def load_segmenter(path: Path) -> "tuple[Segmenter, dict[str, Any]]":
         model = segmenter_from_model_config(
             {"segmenter": config["segmenter"], "amae": config["model"]}
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _bad_config(path, error) from error
     _check_region_names(list(model.regions), path)
     load_strictly(model, tensors, str(path))
