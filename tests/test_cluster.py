@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from anycontrast.training.cluster import _from_anywhere
+from anycontrast.training.config import load_config
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
@@ -120,6 +123,16 @@ def config(tmp_path: Path) -> Path:
 def losses(run: Path) -> dict[int, float]:
     lines = (run / "pretrain" / "metrics.jsonl").read_text().splitlines()
     return {int(row["step"]): float(row["loss"]) for row in map(json.loads, lines)}
+
+
+def test_paths_of_the_run_reach_workers_that_start_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sent = _from_anywhere(load_config(None, ["root=runs", "pretrain.init_from=old/step-00000001"]))
+    assert sent.root == str(tmp_path / "runs")
+    assert sent.pretrain.init_from == str(tmp_path / "old" / "step-00000001")
+    assert _from_anywhere(load_config(None)).pretrain.init_from is None
 
 
 @pytest.mark.cluster

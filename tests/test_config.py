@@ -11,6 +11,7 @@ from anycontrast.training.config import (
     ConfigError,
     config_from_dict,
     config_to_dict,
+    config_to_record,
     load_config,
 )
 
@@ -83,11 +84,36 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, parts: list[s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("word", ["model.preste=tiny", "name=${oc.env:HOME}", "tiny", "seed=x"])
+def test_a_checkpoint_does_not_learn_where_anything_lies() -> None:
+    import json
+
+    words = ["root=/secret/runs", "scan.source=folder", "scan.root=/secret/data"]
+    words += ["scan.table=/secret/t.csv", "scan.pseudonym_key_file=/secret/key"]
+    words += ["cluster.address=ray://secret:1", "cluster.storage=s3://secret/x", "seed=7"]
+    words += ["pull.cache=/secret/cache", "predict.table=/secret/t.csv", "scan.split_salt=secret"]
+    record = config_to_record(load_config(None, words))
+    assert "secret" not in json.dumps(record)
+    assert (record["seed"], record["scan"]["source"]) == (7, "folder")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "model.preste=tiny",
+        "name=${oc.env:HOME}",
+        "tiny",
+        "seed=x",
+        "model.patch_vox=[8,8",
+        "evaluate.contrasts=[Flare]",
+        "finetune.segmenter.contrasts=[Flare]",
+    ],
+)
 def test_a_mistake_on_the_command_line_is_named(word: str) -> None:
     with pytest.raises(ConfigError, match="command line") as caught:
         load_config(None, [word])
-    assert word.partition("=")[0] in str(caught.value)
+    key, _, value = word.partition("=")
+    assert key in str(caught.value) or value.strip("[]") in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +133,24 @@ def test_a_study_counts_only_where_it_has_every_contrast_and_dice_is_right() -> 
         ("a", ("T1w", "FLAIR")): 1.0,
         ("b", ("FLAIR",)): pytest.approx(2 / 3),
     }
+
+
+class BrightT1w(Bright):
+    """Has a channel for T1w only, as a stock UNETR may."""
+
+    def accepts(self, contrasts: Collection[str]) -> bool:
+        return set(contrasts) <= {"T1w"}
+
+
+def test_a_model_of_fixed_channels_is_measured_on_what_it_sees(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores = score_models({"pretrained": BrightT1w()}, two_studies(), EvaluateConfig())
+    assert {s.subset for s in scores} == {("T1w",)}
+    assert "2 subsets, which are left out: FLAIR, T1w+FLAIR" in caplog.text
+    with pytest.raises(ManifestError, match="no channel for any of FLAIR"):
+        blind = EvaluateConfig(contrasts=["FLAIR"])
+        score_models({"pretrained": BrightT1w()}, two_studies(), blind)
 
 
 def test_contrasts_and_study_limits_bound_the_work() -> None:

@@ -226,6 +226,15 @@ def test_bad_settings_are_refused_by_name(field: str, value: object) -> None:
         tiny_config(**{field: value})
 
 
+def test_a_head_of_fixed_channels_is_shown_what_it_has_channels_for() -> None:
+    head = SegmenterConfig(head="unetr", contrasts=["T1w", "FLAIR"], window_vox=WINDOW)
+    assert tiny_config(segmenter=head).stream_config().contrasts == ["T1w", "FLAIR"]
+    chosen = tiny_config(segmenter=head, contrasts=["FLAIR"])
+    assert chosen.stream_config().contrasts == ["FLAIR"]
+    with pytest.raises(ValueError, match=r"finetune.contrasts must be among .*DWI"):
+        tiny_config(segmenter=head, contrasts=["FLAIR", "DWI"])
+
+
 def give_pretrained(
     monkeypatch: pytest.MonkeyPatch, *, seed: int = 1, drop: str = "", kind: str = "amae"
 ) -> AMAE:

@@ -5,6 +5,7 @@ Run as a script, this file is one rank of the two-process test.
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -156,6 +157,7 @@ def test_pretrain_logs_per_contrast_and_set_and_draws_a_panel(tmp_path: Path) ->
     assert (folder / "panels" / "step-00000003.png").read_bytes()[:4] == b"\x89PNG"
     weights, state = load_weights(folder / "checkpoints")
     assert state["kind"] == "amae"
+    assert str(tmp_path) not in json.dumps(state)
     assert AMAEConfig(**{**state["model_config"], "patch_vox": PATCH}) == MODEL.resolved()
     assert all(w.dtype == torch.float32 for w in weights.values())
     assert any(name.startswith("encoder.") for name in weights)
@@ -189,7 +191,11 @@ def test_init_from_takes_weights_and_refuses_another_model(tmp_path: Path) -> No
     before, _ = load_weights(Path(done["checkpoint"]))
     after, _ = load_weights(Path(warm["checkpoint"]))
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
-    wider = replace(again, name="wider", model=replace(MODEL, width=128))
+    shutil.rmtree(done["checkpoint"])
+    on = replace(again, pretrain=replace(again.pretrain, steps=2))
+    assert pretrain_worker(on)["step"] == 2
+    start = replace(again.pretrain, init_from=warm["checkpoint"])
+    wider = replace(again, name="wider", pretrain=start, model=replace(MODEL, width=128))
     with pytest.raises(CheckpointError, match="not of the configured model"):
         pretrain_worker(wider)
 

@@ -20,7 +20,7 @@ from anycontrast.models.unetr import (
 )
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
 
 Triple = tuple[int, int, int]
 CHANNELS = ["FLAIR", "T1w", "T2w"]
@@ -178,8 +178,14 @@ def test_a_batch_equals_its_studies_alone() -> None:
 
 
 def test_a_study_without_any_channel_is_refused() -> None:
-    with pytest.raises(ValueError, match="study-1"):
+    with pytest.raises(StudyError, match="study-1"):
         tiny_unetr()(make_batch([["T1w"], ["ADC"]]))
+
+
+def test_only_contrasts_with_a_channel_are_accepted() -> None:
+    assert tiny_unetr().accepts(CHANNELS)
+    assert tiny_unetr().accepts(CHANNELS[:1])
+    assert not tiny_unetr().accepts([*CHANNELS, "ADC"])
 
 
 def test_channel_order_is_required() -> None:

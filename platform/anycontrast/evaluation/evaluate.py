@@ -26,6 +26,7 @@ from anycontrast.evaluation.tables import (
     write_study_csv,
 )
 from anycontrast.log import progress
+from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.study import ManifestError
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class EvaluateConfig:
         for name in ("max_subset_contrasts", "max_studies", "num_bootstrap"):
             if getattr(self, name) < 0:
                 raise ValueError(f"evaluate.{name} must be >= 0, got {getattr(self, name)}")
+        for name in self.contrasts:
+            contrast_id(name)
         if not 0 < self.threshold < 1:
             raise ValueError(f"evaluate.threshold must be in 0..1, got {self.threshold}")
         if not 0 <= self.overlap < 1:
@@ -159,17 +162,36 @@ def score_models(
     indices = indices[: config.max_studies] if config.max_studies else indices
     available = {c for i in indices for c in store.records[i].contrasts}
     subsets = contrast_subsets(config.contrasts or available, max_size=config.max_subset_contrasts)
+    _check_channels(models, subsets)
     scores: list[StudyScore] = []
     for done, index in enumerate(indices):
         arrays = store.read(index, label=True)
         own = [s for s in subsets if counts_for(arrays.record.contrasts, s)]
         for variant, model in models.items():
             model.to(device)
-            for subset in own:
+            for subset in filter(model.accepts, own):
                 scores += _score(model, variant, arrays, subset, config, device)
         if on_study is not None:
             on_study(done + 1, len(indices))
     return scores
+
+
+def _check_channels(models: "Mapping[str, Segmenter]", subsets: Sequence[Subset]) -> None:
+    """Say which subsets a model of fixed channels cannot be measured on; refuse if it is all."""
+    for variant, model in models.items():
+        left_out = [subset_name(s) for s in subsets if not model.accepts(s)]
+        if len(left_out) == len(subsets):
+            raise ManifestError(
+                f"evaluating: model {variant} has no channel for any of {', '.join(left_out)}; set "
+                "evaluate.contrasts to contrasts among its finetune.segmenter.contrasts"
+            )
+        if left_out:
+            logger.warning(
+                "model %s has no channel for a contrast of %d subsets, which are left out: %s",
+                variant,
+                len(left_out),
+                ", ".join(left_out),
+            )
 
 
 def labelled_indices(store: "StudyStore", split: str, contrasts: Sequence[str] = ()) -> list[int]:

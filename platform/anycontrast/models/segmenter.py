@@ -7,7 +7,7 @@ holds tumour core), which a softmax over label values could not express.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anycontrast_datasets.batch import PackedBatch
+from anycontrast_datasets.contrast import contrast_id
 
 if TYPE_CHECKING:
     from anycontrast.models.amae import AMAEConfig
@@ -49,6 +50,8 @@ class SegmenterConfig:
             raise ValueError(f"segmenter.window_vox must be positive, got {self.window_vox}")
         if self.feature_size < 1:
             raise ValueError(f"segmenter.feature_size must be >= 1, got {self.feature_size}")
+        for name in self.contrasts:
+            contrast_id(name)
         if len(set(self.contrasts)) != len(self.contrasts):
             raise ValueError(f"segmenter.contrasts must not repeat, got {self.contrasts}")
         if self.head == "unetr" and not self.contrasts:
@@ -92,6 +95,10 @@ class Segmenter(nn.Module):
         self.patch_vox = patch_vox
         self.window_vox = config.window_vox
         self.regions = dict(config.region_values)
+
+    def accepts(self, contrasts: Collection[str]) -> bool:
+        """Whether the model sees every one of these contrasts."""
+        return True
 
     @abstractmethod
     def forward(self, batch: PackedBatch) -> Tensor:

@@ -12,7 +12,7 @@ Source: Hatamizadeh et al., UNETR, arXiv 2103.10504; blocks from MONAI.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -28,6 +28,7 @@ from anycontrast.models.segmenter import Segmenter, SegmenterConfig, TransferRep
 from anycontrast.models.tokenizer import DynamicTokenizer
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import DESCRIPTOR_SIZE, contrast_id
+from anycontrast_datasets.study import StudyError
 from anycontrast_kernels.patchify import intensity_map
 
 Stride = tuple[int, int, int]
@@ -237,6 +238,10 @@ class UNETR(Segmenter):
             self.shape.width, model.patch_vox, config.feature_size, len(config.region_values)
         )
 
+    def accepts(self, contrasts: Collection[str]) -> bool:
+        """See `Segmenter.accepts`: those that have a channel."""
+        return set(contrasts) <= set(self.contrasts)
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """See `Segmenter.forward`."""
         grid = common_grid(batch)
@@ -252,7 +257,7 @@ class UNETR(Segmenter):
         """Stack the contrasts of every study: [S, C, X, Y, Z] float32, zeros for missing.
 
         Raises:
-            ValueError: a study has none of the configured contrasts.
+            StudyError: a study has none of the configured contrasts.
         """
         volumes_VXYZ = dense_volumes(batch)
         places = [
@@ -265,9 +270,10 @@ class UNETR(Segmenter):
         absent = set(range(batch.num_studies)) - {study for study, _, _ in places}
         if absent:
             study = min(absent)
-            raise ValueError(
+            raise StudyError(
                 f"segmenting study {batch.study_ids[study]}: the unetr head needs one of its "
-                f"channels {self.contrasts}, the study shows {batch.contrasts[study]}"
+                f"channels {self.contrasts}, the study shows {batch.contrasts[study]}; use a study "
+                "with one of them, or a model with the adaptive head"
             )
         shape = (batch.num_studies, len(self.contrasts), *volumes_VXYZ.shape[1:])
         image_SCXYZ = volumes_VXYZ.new_zeros(shape)

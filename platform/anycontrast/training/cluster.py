@@ -14,6 +14,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _fit(config: Config) -> dict[str, Any]:
     os.environ.setdefault(
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(cluster.start_timeout_s))
     )
-    values = {**config_to_dict(config), "root": str(Path(config.root).resolve())}
+    values = config_to_dict(_from_anywhere(config))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -159,6 +160,13 @@ def _fit(config: Config) -> dict[str, Any]:
     _raise_recorded(pretrain)
     result: dict[str, Any] = json.loads((pretrain / "result.json").read_text())
     return result
+
+
+def _from_anywhere(config: Config) -> Config:
+    """Make paths absolute: a worker may start in another folder than the driver."""
+    start = config.pretrain.init_from
+    pretrain = replace(config.pretrain, init_from=start and str(Path(start).resolve()))
+    return replace(config, root=str(Path(config.root).resolve()), pretrain=pretrain)
 
 
 def _is_single_node() -> bool:

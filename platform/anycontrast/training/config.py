@@ -25,6 +25,19 @@ from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.scan import ScanConfig
 from anycontrast_datasets.shard import ShardConfig
 
+_WHEREABOUTS = (
+    "root",
+    "scan.root",
+    "scan.table",
+    "scan.pseudonym_key_file",
+    "scan.split_salt",
+    "cluster.address",
+    "cluster.storage",
+    "pull.cache",
+    "predict.table",
+)
+"""Keys that say where things are, or what else must not travel with a checkpoint."""
+
 
 class ConfigError(ValueError):
     """A configuration cannot be used: unknown key, wrong type or value, or a contradiction."""
@@ -139,7 +152,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     for word in overrides:
         if "=" not in word:
             raise ConfigError(f"command line: expected key=value, got {word!r}")
-        merged = _merge(merged, OmegaConf.from_dotlist([word]), f"command line {word!r}")
+        merged = _merge(merged, _read_word(word), f"command line {word!r}")
     config = _to_object(merged, str(path) if path is not None else "command line")
     check_compatible(config)
     return config
@@ -149,6 +162,18 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain JSON values."""
     plain: dict[str, Any] = _plain(asdict(config))
     return plain
+
+
+def config_to_record(config: Config) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the configuration: `config_to_dict` without whereabouts.
+
+    Checkpoints travel; where the source, the pseudonym key and the cluster are stays behind.
+    """
+    values = config_to_dict(config)
+    for key in _WHEREABOUTS:
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = None
+    return values
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
@@ -217,6 +242,19 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
     return values
+
+
+def _read_word(word: str) -> Any:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.from_dotlist([word])
+    except YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"command line {word!r}: not a YAML value: {reason}; close brackets and quotes"
+        ) from error
 
 
 def _merge(base: Any, values: Any, where: str) -> Any:

@@ -51,7 +51,7 @@ class FinetuneConfig(LoopConfig):
     packs_per_step: int = 1
     """Packs those studies are cut into; divisible by the number of workers."""
     contrasts: list[str] = field(default_factory=list)
-    """Contrasts to train and validate on; empty means all."""
+    """Contrasts to train and validate on; empty means all, or the channels of a `unetr` head."""
     drop_contrasts: bool = True
     """Show each study with a random non-empty subset of its contrasts."""
     foreground_crop_fraction: float = 0.5
@@ -72,6 +72,12 @@ class FinetuneConfig(LoopConfig):
             )
         if not 0 <= self.overlap < 1:
             raise ValueError(f"finetune.overlap must be in 0 <= overlap < 1, got {self.overlap}")
+        channels = self.segmenter.contrasts
+        if self.segmenter.head == "unetr" and not set(self.contrasts) <= set(channels):
+            raise ValueError(
+                f"finetune.contrasts must be among finetune.segmenter.contrasts {channels} when "
+                f"the head is unetr, got {self.contrasts}; add channels, or leave them out"
+            )
         # Checks the fields it shares; without labels the crop fraction could not be set.
         self.stream_config()
 
@@ -80,12 +86,18 @@ class FinetuneConfig(LoopConfig):
         """Folder name under `<run>/finetune/`."""
         return "scratch" if self.from_scratch else "pretrained"
 
+    @property
+    def shown_contrasts(self) -> list[str]:
+        """`contrasts` with the default filled in: the channels of `unetr`, else empty for all."""
+        is_fixed = self.segmenter.head == "unetr"
+        return self.contrasts or (self.segmenter.contrasts if is_fixed else [])
+
     def stream_config(self) -> StreamConfig:
         """What the training stream serves: labelled windows with every patch present."""
         return StreamConfig(
             studies_per_step=self.studies_per_step,
             packs_per_step=self.packs_per_step,
-            contrasts=self.contrasts,
+            contrasts=self.shown_contrasts,
             drop_empty=False,
             crop_vox=self.segmenter.window_vox,
             flip_axes=self.flip_axes,
@@ -106,7 +118,7 @@ def run_finetune(config: "Config") -> dict[str, Any]:
             started from other weights.
         ManifestError: no labelled study in split train.
     """
-    from anycontrast.training.config import config_to_dict
+    from anycontrast.training.config import config_to_record
     from anycontrast.training.loop import run_loop
     from anycontrast.training.process_group import process_group, rank, world_size
     from anycontrast_datasets.store.reader import open_store
@@ -114,7 +126,7 @@ def run_finetune(config: "Config") -> dict[str, Any]:
 
     finetune = config.finetune
     folder = config.paths.finetune / finetune.variant
-    store = LabelledStore(open_store(config.paths.shards), finetune.contrasts)
+    store = LabelledStore(open_store(config.paths.shards), finetune.shown_contrasts)
     torch.manual_seed(config.seed)
     task, origin = make_task(config, store)
     _check_origin(folder, origin)
@@ -136,7 +148,7 @@ def run_finetune(config: "Config") -> dict[str, Any]:
             open_stream,
             finetune,
             folder=folder,
-            run_config=config_to_dict(config),
+            run_config=config_to_record(config),
             extra_state={"from_scratch": finetune.from_scratch, "origin": origin},
         )
     return {"variant": finetune.variant, **result}

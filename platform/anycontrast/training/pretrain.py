@@ -119,12 +119,13 @@ def pretrain_worker(
     Raises:
         TrainingError: the packs cannot be shared by the ranks, or training cannot go on.
     """
-    from anycontrast.training.config import config_to_dict
+    from anycontrast.training.config import config_to_record
 
     with process_group(timeout_s=config.cluster.timeout_s):
         store = open_store(config.paths.shards)
         task = PretrainTask(config.model, config.masking, seed=config.seed, store=store)
-        if config.pretrain.init_from is not None:
+        has_own = any((config.paths.pretrain / "checkpoints").glob("step-????????"))
+        if config.pretrain.init_from is not None and not has_own:
             _init_from(task.model, Path(config.pretrain.init_from))
 
         def open_stream(start_step: int) -> StudyStream:
@@ -148,7 +149,7 @@ def pretrain_worker(
             open_stream,
             config.pretrain,
             folder=config.paths.pretrain,
-            run_config=config_to_dict(config),
+            run_config=config_to_record(config),
             stop_requested=stop_requested,
         )
 

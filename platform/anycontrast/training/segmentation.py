@@ -140,7 +140,7 @@ class FinetuneTask:
         if limit == -1:
             return []
         try:
-            indices = labelled_indices(self._store, "val", self.config.contrasts)
+            indices = labelled_indices(self._store, "val", self.config.shown_contrasts)
         except ManifestError as error:
             logger.warning("no validation, so the last checkpoint counts as the best: %s", error)
             return []
@@ -157,7 +157,7 @@ class FinetuneTask:
         sums = dict.fromkeys(self.segmenter.regions, 0.0)
         for index in self._validation:
             record = self._store.records[index]
-            shown = [c for c in record.contrasts if c in (self.config.contrasts or [c])]
+            shown = [c for c in record.contrasts if c in (self.config.shown_contrasts or [c])]
             arrays = self._store.read(index, contrasts=shown, label=True)
             assert arrays.label is not None
             probability_RXYZ = sliding_window(
