@@ -125,16 +125,20 @@ def on_input_grid(
     """
     import numpy as np
 
-    from anycontrast_datasets.resample import Grid, resample
+    from anycontrast_datasets.resample import Grid, resample, step_matrix
     from anycontrast_datasets.volume import to_source_grid
 
     x, y, z = record.shape
-    # `resample` holds the border's value outside; a rim of zeros makes that value 0.
     box = Grid(shape=(x, y, z), affine=np.asarray(record.affine, dtype=np.float64))
-    rim = box.box((-1, -1, -1), (x + 2, y + 2, z + 2))
     i, j, k = like.array.shape
     target = Grid(shape=(i, j, k), affine=np.asarray(like.affine, dtype=np.float64))
-    return to_source_grid(resample(np.pad(probability_XYZ, 1), rim, target), like)
+    # `resample` holds the border's value outside; a rim of zeros, wider than its low-pass reaches
+    # (1.3 target steps), makes that value 0.
+    steps = np.linalg.norm(step_matrix(box, target)[:3, :3], axis=1)
+    a, b, c = (int(n) for n in np.ceil(1.3 * steps) + 2)
+    rim = box.box((-a, -b, -c), (x + 2 * a, y + 2 * b, z + 2 * c))
+    padded_XYZ = np.pad(probability_XYZ, ((a, a), (b, b), (c, c)))
+    return to_source_grid(resample(padded_XYZ, rim, target), like)
 
 
 def _write(out: Path, maps: "Maps", like: "LoadedVolume", config: PredictConfig) -> list[str]:
