@@ -137,9 +137,13 @@ def test_paths_of_the_run_reach_workers_that_start_in_another_folder(
 
 @pytest.mark.cluster
 def test_a_submitted_job_pretrains_on_two_workers(head: Head, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "job"
+    (run / "pretrain").mkdir(parents=True)
+    # What a second job, started on this folder by mistake, would leave.
+    (run / "pretrain" / "failure-other.json").write_text('{"kind": "ConfigError", "message": "x"}')
     done = head.submit("python", "recipes/amae_pretrain.py", str(config), f"root={tmp_path}")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    run = tmp_path / "job"
+    assert not list((run / "pretrain").glob(".launch*"))
     assert "2 process(es)" in done.stdout
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]
     state = json.loads((run / "pretrain/checkpoints/step-00000006/state.json").read_text())

@@ -370,3 +370,4 @@ def test_ray_gives_the_same_bytes(manifest: Path, tmp_path: Path) -> None:
     import ray
 
     assert not ray.is_initialized()
+    assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -192,6 +193,11 @@ def _run_on_ray(
     tasks: Sequence[ShardTask], num_workers: int, on_progress: OnProgress
 ) -> list[ShardReceipt]:
     """Run one Ray task per shard, `num_workers` in flight; receipts in the order of the tasks."""
+    if "RAY_ADDRESS" not in os.environ:
+        # A cluster of our own: only who knows this token may talk to it. Read when Ray is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     total, done = sum(len(task.studies) for task in tasks), 0
@@ -226,6 +232,7 @@ def _ray_cluster(num_workers: int) -> Iterator[None]:
             ray.init(log_to_driver=False)
         else:
             ray.init(
+                address="local",
                 num_cpus=num_workers,
                 include_dashboard=False,
                 log_to_driver=False,

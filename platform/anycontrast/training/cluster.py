@@ -4,7 +4,9 @@ Ray Train places one worker per GPU (or CPU share), joins them into a process gr
 the group when one dies; each restart resumes from the newest checkpoint of the run folder, which
 must lie on a filesystem that all nodes share. Checkpoints are ours, so nothing waits for Ray to
 commit them. What no restart can mend (bad configuration, corrupt shard, missing checkpoint file)
-is written to `failure.json`, ends the run at once, and is raised again in the driver as it was.
+is written to `failure-ATTEMPT.json`, ends the run at once, and is raised again in the driver as it
+was. Files between driver and workers carry the attempt's name: a second job that is started on the
+same folder by mistake ends itself and nothing else.
 """
 
 import json
@@ -116,9 +118,7 @@ def _fit(config: Config) -> dict[str, Any]:
     cluster = config.cluster
     pretrain = config.paths.pretrain.resolve()
     attempt = secrets.token_hex(8)
-    (pretrain / ".launch").write_text(attempt)
-    for name in ("failure.json", "result.json"):
-        (pretrain / name).unlink(missing_ok=True)
+    (pretrain / f".launch-{attempt}").touch()
     use_gpu = cluster.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
@@ -151,15 +151,20 @@ def _fit(config: Config) -> dict[str, Any]:
     logger.info("placing %d workers, %s", cluster.num_workers, "GPU" if use_gpu else "CPU")
     try:
         trainer.fit()
+        _raise_recorded(pretrain, attempt)
+        result: dict[str, Any] = json.loads((pretrain / f"result-{attempt}.json").read_text())
+        return result
+    except tuple(_FINAL.values()):
+        raise
     except Exception as error:
-        _raise_recorded(pretrain)
+        _raise_recorded(pretrain, attempt)
         raise TrainingError(
             f"training failed after {cluster.max_failures} restarts: {error}; the newest "
             f"checkpoint is in {pretrain / 'checkpoints'}, run the same command to go on from it"
         ) from error
-    _raise_recorded(pretrain)
-    result: dict[str, Any] = json.loads((pretrain / "result.json").read_text())
-    return result
+    finally:
+        for name in (".launch-{}", "failure-{}.json", "result-{}.json"):
+            (pretrain / name.format(attempt)).unlink(missing_ok=True)
 
 
 def _from_anywhere(config: Config) -> Config:
@@ -175,9 +180,9 @@ def _is_single_node() -> bool:
     return sum(bool(node["Alive"]) for node in ray.nodes()) == 1
 
 
-def _raise_recorded(pretrain: Path) -> None:
-    """Raise the error that a worker recorded as final, if there is one."""
-    path = pretrain / "failure.json"
+def _raise_recorded(pretrain: Path, attempt: str) -> None:
+    """Raise the error that a worker of this attempt recorded as final, if there is one."""
+    path = pretrain / f"failure-{attempt}.json"
     if path.is_file():
         failure = json.loads(path.read_text())
         raise _FINAL[failure["kind"]](failure["message"])
@@ -196,7 +201,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     setup_logging(rank=rank)
     config = config_from_dict(arguments["config"])
     pretrain = config.paths.pretrain
-    if (pretrain / "failure.json").is_file():
+    attempt = arguments["attempt"]
+    if (pretrain / f"failure-{attempt}.json").is_file():
         # A final error ended the attempt before this restart; nothing to try again.
         return
     try:
@@ -208,10 +214,11 @@ def _worker(arguments: dict[str, Any]) -> None:
     except Exception as error:
         kind = next((k for k, known in _FINAL.items() if isinstance(error, known)), None)
         if kind is not None:
-            _record(pretrain / "failure.json", {"kind": kind, "message": str(error), "rank": rank})
+            failure = {"kind": kind, "message": str(error), "rank": rank}
+            _record(pretrain / f"failure-{attempt}.json", failure)
         raise
     if rank == 0:
-        _record(pretrain / "result.json", result)
+        _record(pretrain / f"result-{attempt}.json", result)
     ray.train.report({"step": result.get("step", 0)})
 
 
@@ -223,8 +230,7 @@ def _check_node(pretrain: Path, arguments: dict[str, Any]) -> None:
             f"node {node} has anycontrast {anycontrast.__version__}, the driver has "
             f"{arguments['version']}; use one image on all nodes"
         )
-    mark = pretrain / ".launch"
-    if not mark.is_file() or mark.read_text() != arguments["attempt"]:
+    if not (pretrain / f".launch-{arguments['attempt']}").is_file():
         raise ConfigError(
             f"node {node} does not see the driver's run folder {pretrain}; set root to a folder on "
             "storage that all nodes share"
