@@ -115,7 +115,7 @@ def test_a_missing_licence_file_is_said_before_anything_is_written(run_copy: Pat
 @pytest.mark.parametrize("values", [{"license": "x\nlicense: mit"}, {"name": "../up"}])
 def test_names_that_would_break_the_card_or_the_cache_are_refused(values: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"export\.(license|name) must be"):
-        ExportConfig(**values)  # type: ignore[arg-type]
+        ExportConfig(**values)
 
 
 def test_shards_the_model_never_saw_are_not_claimed(run_copy: Path) -> None:
@@ -137,6 +137,11 @@ def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def _make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 def _append(path: Path) -> None:
@@ -186,7 +191,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"README\.md has \d+ bytes",
     ),
     "a folder for a file": (
-        lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()),
+        lambda f: _make_folder(f / "README.md"),
         r"README\.md is not a plain file",
     ),
     "a newer format": (

@@ -33,7 +33,7 @@ from anycontrast_datasets.sources.phantom_config import (
     plan_study,
 )
 from anycontrast_datasets.sources.phantom_scanner import ScannedImage, scan_study
-from anycontrast_datasets.study import Study
+from anycontrast_datasets.study import ManifestError, Study
 from anycontrast_datasets.volume import write_volume
 
 __all__ = [
@@ -95,7 +95,7 @@ def write_phantom(
         on_progress: called with (studies done, studies in all).
 
     Raises:
-        ValueError: `root` holds NIfTI files that no phantom run wrote, or nilearn is missing.
+        ManifestError: `root` holds NIfTI files that no phantom run wrote, or nilearn is missing.
     """
     plans = [plan_study(config, index) for index in range(config.num_studies)]
     recorded = _read_record(root)
@@ -182,11 +182,11 @@ def _read_record(root: Path) -> dict[str, object] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
+        raise ManifestError(
             f"phantom: {path} is not JSON ({error}); delete the folder to have it made again"
         ) from error
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
-        raise ValueError(
+        raise ManifestError(
             f"phantom: {path} lists no files, so it was not written here; choose another folder"
         )
     return record
@@ -221,7 +221,7 @@ def _clear(root: Path, record: Mapping[str, object] | None, planned: set[str]) -
     listed = set() if record is None else set(_files(record))
     found = {path.relative_to(root).as_posix() for path in root.rglob("*.nii*") if path.is_file()}
     if foreign := sorted(found - listed - planned):
-        raise ValueError(
+        raise ManifestError(
             f"phantom: {root} holds {len(foreign)} images that are not of this phantom, e.g. "
             f"{foreign[0]}; choose an empty folder or delete this one"
         )

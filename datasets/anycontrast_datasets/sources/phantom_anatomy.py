@@ -22,6 +22,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from anycontrast_datasets.sources.phantom_physics import BRAIN_TISSUES, TISSUE_NAMES
+from anycontrast_datasets.study import ManifestError
 from anycontrast_datasets.volume import LoadedVolume, read_volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -100,11 +101,11 @@ def atlas_files() -> dict[str, Path]:
     """Paths of the tissue maps and the T1 template inside the installed nilearn, not importing it.
 
     Raises:
-        ValueError: nilearn is not installed, or its wheel no longer carries the maps.
+        ManifestError: nilearn is not installed, or its wheel no longer carries the maps.
     """
     spec = importlib.util.find_spec("nilearn")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
+        raise ManifestError(
             "phantom: the tissue maps come with the nilearn package, which is not installed; "
             "install the train extra of anycontrast"
         )
@@ -113,7 +114,7 @@ def atlas_files() -> dict[str, Path]:
     files = {n: folder / f"mni_icbm152_{n}_tal_nlin_sym_09a_converted.nii.gz" for n in names}
     missing = sorted(path.name for path in files.values() if not path.is_file())
     if missing:
-        raise ValueError(
+        raise ManifestError(
             f"phantom: the installed nilearn lacks {missing}; install nilearn 0.12 or 0.13"
         )
     return files

@@ -215,7 +215,7 @@ def prepare_config_of(config: Mapping[str, Any]) -> "PrepareConfig":
     from anycontrast_datasets.prepare import PrepareConfig
 
     try:
-        values = {
+        values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) and name != "reference" else value
             for name, value in config["prepare"].items()
         }
@@ -259,4 +259,7 @@ def _bad_config(where: object, error: Exception) -> ReleaseError:
 def _amae_config(values: Mapping[str, Any]) -> "AMAEConfig":
     from anycontrast.models.amae import AMAEConfig
 
-    return AMAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return AMAEConfig(**plain)
