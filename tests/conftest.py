@@ -6,8 +6,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from anycontrast.training.config import Config
 
 TINY_RUN = """\
 name: tiny
@@ -83,7 +87,7 @@ def tiny_yaml(
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_yaml: Path) -> "Config":  # type: ignore[name-defined]  # noqa: F821
+def tiny_run(tiny_yaml: Path) -> "Config":
     """A finished run: scan, shard, pretrain, finetune twice, evaluate, export. Do not damage it."""
     from anycontrast import stages
     from anycontrast.training.config import load_config

@@ -145,6 +145,7 @@ def test_training_makes_the_phantom_only_when_asked_for_it(tmp_path: Path) -> No
 
 def test_a_window_of_broken_patches_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     words = [f"root={tmp_path}", "finetune.segmenter.window_vox=[20,16,16]"]
+    words += ["finetune.from_scratch=true"]
     with pytest.raises(ConfigError, match=r"finetune\.segmenter\.window_vox.*\(20, 16, 16\)"):
         stages.finetune(load_config(None, words))
 

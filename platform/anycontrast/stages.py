@@ -127,7 +127,9 @@ def finetune(config: Config) -> dict[str, Any]:
     """Finetune a segmenter from the pretrained encoder, or from scratch on request."""
     from anycontrast.training.finetune import run_finetune
 
-    _check_window(config)
+    if config.finetune.from_scratch:
+        # Otherwise the patch is the pretraining checkpoint's, and is checked against that.
+        _check_window(config)
     ensure_shards(config)
     return run_finetune(config)
 

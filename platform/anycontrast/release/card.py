@@ -82,10 +82,8 @@ The decoder is not part of this release: it is built to fill in images and can r
 
 
 # Identifiers that hubs know in this spelling; any other licence is `other` with a name.
-_HUB_LICENSES = frozenset(
-    "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 "
-    "cc-by-nc-nd-4.0".split()
-)
+_CREATIVE_COMMONS = {f"cc-{kind}-4.0" for kind in ("by", "by-sa", "by-nc", "by-nc-sa", "by-nc-nd")}
+_HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc0-1.0"} | _CREATIVE_COMMONS
 
 
 def _license_metadata(spdx: str) -> str:
