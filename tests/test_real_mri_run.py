@@ -66,8 +66,14 @@ COARSE = (
     "finetune.segmenter.window_vox=[32,32,32]",
     "finetune.segmenter.feature_size=4",
 )
-SLOW = ("prepare.spacing_mm=[3.0,3.0,3.0]", "pretrain.steps=20", "pretrain.panel_every=-1")
+SLOW = (
+    "prepare.spacing_mm=[3.0,3.0,3.0]",
+    "pretrain.steps=20",
+    "pretrain.panel_every=-1",
+    "finetune.segmenter.window_vox=[32,32,32]",
+)
 SLOW_DICE = 0.4
+"""Measured 0.59 on the training case itself; an untrained head gives less than 0.1."""
 PREDICT = "predict.overlap=0.0"
 
 
@@ -300,7 +306,8 @@ def test_finetuning_finds_the_lesions_it_was_shown(tmp_path: Path) -> None:
     assert main(["predict", str(run / "release" / "segmenter"), study, str(out), *words]) == 0
     predicted = np.asanyarray(load(out / "lesion.nii.gz").dataobj) > 0
     drawn = np.asanyarray(load(Path(study) / "lesion_mask.nii.gz").dataobj) > 0
-    assert dice(predicted, drawn) > SLOW_DICE
+    found = dice(predicted, drawn)
+    assert found > SLOW_DICE, found
 
 
 def dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
