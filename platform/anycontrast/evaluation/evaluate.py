@@ -6,6 +6,7 @@ Comes in: the finetuned runs of a run folder (`finetune/pretrained` and, if pres
 A study is evaluated on a subset only if it has all of the subset's contrasts.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -276,11 +277,17 @@ def write_report(
         "protocol": asdict(config),
         "num_studies": num_studies,
         "checkpoints": {variant: path.name for variant, path in checkpoints.items()},
+        "digests": {variant: checkpoint_digest(path) for variant, path in checkpoints.items()},
         "rows": [_row_dict(row) for row in rows],
     }
     text = json.dumps(summary, indent=2, allow_nan=False)
     (folder / "dice_by_subset.json").write_text(text, encoding="utf-8")
     return summary
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """Return the sha256 of a checkpoint's manifest, which holds the hash of every file in it."""
+    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
 def _row_dict(row: SubsetRow) -> dict[str, Any]:

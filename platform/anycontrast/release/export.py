@@ -82,9 +82,8 @@ def run_export(config: "Config") -> list[Path]:
     made = [_export(config, newest.path, config.paths.release / "encoder", score=None)]
     segmenter = _best_segmenter(config)
     if segmenter is not None:
-        made.append(
-            _export(config, segmenter, config.paths.release / "segmenter", score=_score(config))
-        )
+        score = _score(config, segmenter)
+        made.append(_export(config, segmenter, config.paths.release / "segmenter", score=score))
     return made
 
 
@@ -98,9 +97,23 @@ def _best_segmenter(config: "Config") -> Path | None:
     return found.get("pretrained", found.get("scratch"))
 
 
-def _score(config: "Config") -> Any:
+def _score(config: "Config", checkpoint: Path) -> Any:
+    """What was measured on exactly this checkpoint; another one's score is left out."""
+    from anycontrast.evaluation.evaluate import checkpoint_digest
+
     path = config.paths.report / "dice_by_subset.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    score = json.loads(path.read_text(encoding="utf-8"))
+    if checkpoint_digest(checkpoint) not in score.get("digests", {}).values():
+        logger.warning(
+            "%s measured another checkpoint than %s, so the release carries no score; run "
+            "`anycontrast evaluate` again before the export",
+            path,
+            checkpoint,
+        )
+        return None
+    return score
 
 
 def _export(config: "Config", checkpoint: Path, out: Path, *, score: Any) -> Path:

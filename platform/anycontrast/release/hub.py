@@ -95,7 +95,7 @@ def _base_url(source: str) -> str:
             raise ReleaseNotFoundError(f"pull: no folder {source}; check the path")
         if not (folder / MANIFEST).is_file():
             verify_release(folder)  # Raises, and knows what to suggest.
-        return folder.resolve().as_uri()
+        return f"file://{folder.resolve()}"  # Not as_uri(): fsspec takes %20 literally.
     scheme = source.split("://")[0]
     if scheme not in SCHEMES:
         raise ReleaseError(

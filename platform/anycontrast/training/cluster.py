@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import anycontrast
-from anycontrast.training.checkpoint import CheckpointError
+from anycontrast.training.checkpoint import CheckpointError, latest
 from anycontrast.training.config import Config, ConfigError, config_from_dict, config_to_dict
 from anycontrast.training.loop import TrainingError
 from anycontrast.training.pretrain import pretrain_worker, run_pretrain
@@ -43,11 +43,20 @@ def launch(config: Config) -> dict[str, Any]:
         ConfigError: contradictory placement, or versions that differ between nodes.
         TrainingError: the workers failed more than `cluster.max_failures` times.
     """
-    if not _on_ray(config):
+    if not _on_ray(config) or _is_done(config):
         return run_pretrain(config)
     config.paths.pretrain.mkdir(parents=True, exist_ok=True)
     with _ray(config):
         return _fit(config)
+
+
+def _is_done(config: Config) -> bool:
+    """Whether there is nothing left to train, so that no cluster need be started to say so."""
+    pretrain = config.pretrain
+    if not (pretrain.resume and pretrain.steps):
+        return False
+    newest = latest(config.paths.pretrain / "checkpoints")
+    return newest is not None and newest.step >= pretrain.steps
 
 
 def _on_ray(config: Config) -> bool:

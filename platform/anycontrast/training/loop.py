@@ -137,7 +137,7 @@ def run_loop(
         if found is not None:
             _check_stream(stream, found)
             if start >= num_steps:
-                logger.info("%s: all %d steps are done already", folder, start)
+                logger.info("reused %s: all %d steps are done already", folder, start)
                 return _result(folder, found.step, found.path, int(found.state["skipped_steps"]))
             load_model(found, task.model)
         stopping = stack.enter_context(_stop_signal(stop_requested))
