@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -120,6 +121,9 @@ def pretrain(config: Config) -> dict[str, Any]:
 
         result = {**result, "curve": str(config.paths.report / "loss.png")}
         loss_curve(metrics, config.paths.report / "loss.png")
+        if panels := sorted((config.paths.pretrain / "panels").glob("*.png")):
+            result["reconstruction"] = str(config.paths.report / "reconstruction.png")
+            shutil.copyfile(panels[-1], result["reconstruction"])
     return result
 
 

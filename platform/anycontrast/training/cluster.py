@@ -14,13 +14,16 @@ import logging
 import os
 import secrets
 import socket
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anycontrast
+from anycontrast.log import progress, setup_logging
 from anycontrast.training.checkpoint import CheckpointError, latest
 from anycontrast.training.config import Config, ConfigError, config_from_dict, config_to_dict
 from anycontrast.training.loop import TrainingError
@@ -159,7 +162,8 @@ def _fit(config: Config) -> dict[str, Any]:
     )
     logger.info("placing %d workers, %s", cluster.num_workers, "GPU" if use_gpu else "CPU")
     try:
-        trainer.fit()
+        with _bar(config):
+            trainer.fit()
         _raise_recorded(pretrain, attempt)
         result: dict[str, Any] = json.loads((pretrain / f"result-{attempt}.json").read_text())
         return result
@@ -183,6 +187,30 @@ def _from_anywhere(config: Config) -> Config:
     return replace(config, root=str(Path(config.root).resolve()), pretrain=pretrain)
 
 
+@contextmanager
+def _bar(config: Config) -> Iterator[None]:
+    """Show a progress bar in the driver's terminal; elsewhere the workers' lines are enough."""
+    if not (sys.stderr.isatty() and config.pretrain.steps):
+        yield
+        return
+    metrics, done = config.paths.pretrain / "metrics.jsonl", threading.Event()
+    with progress("pretraining", "steps") as show:
+
+        def follow() -> None:
+            while not done.wait(1.0):
+                if metrics.is_file() and (lines := metrics.read_text().splitlines()):
+                    with suppress(ValueError):  # A line that is being written.
+                        show(json.loads(lines[-1])["step"], config.pretrain.steps)
+
+        thread = threading.Thread(target=follow, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
 def _is_single_node() -> bool:
     import ray
 
@@ -200,8 +228,6 @@ def _raise_recorded(pretrain: Path, attempt: str) -> None:
 def _worker(arguments: dict[str, Any]) -> None:
     """Run the loop on one Ray worker; every worker runs this."""
     import ray.train
-
-    from anycontrast.log import setup_logging
 
     context = ray.train.get_context()
     rank = context.get_world_rank()
