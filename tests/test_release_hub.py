@@ -99,6 +99,14 @@ def test_a_folder_is_pulled_by_path_and_by_url(tiny_run: Config, cache: PullConf
     assert visible(cache) == [path.name]
 
 
+@pytest.mark.parametrize("name", ["a run #2 at 100%20?", "set[1]*", "a::b", "~x"])
+def test_a_folder_of_any_name_is_pulled_by_its_path(
+    tiny_run: Config, tmp_path: Path, cache: PullConfig, name: str
+) -> None:
+    source = Path(shutil.copytree(tiny_run.paths.release / "encoder", tmp_path / name / "encoder"))
+    assert _same(pull(str(source), cache), source)
+
+
 def test_a_release_comes_over_http(server: Server, served: Path, cache: PullConfig) -> None:
     path = pull(f"{server.url}/enc", cache)
     assert _same(path, served)

@@ -126,7 +126,8 @@ def _open(base: str, name: str) -> Any:
             total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S
         )
         options["client_kwargs"] = {"timeout": timeout}
-    return fsspec.open(f"{base}/{name}", "rb", **options).open()
+    # Not fsspec.open(): that takes `::` in an address for a chain of file systems of any scheme.
+    return fsspec.filesystem(base.split("://")[0], **options).open(f"{base}/{name}", "rb")
 
 
 def _read_manifest(base: str, shown: str) -> bytes:
