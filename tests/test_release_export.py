@@ -133,6 +133,27 @@ def test_only_the_finetuned_model_from_scratch_is_released_as_such(run_copy: Pat
     assert facts["training"]["from_scratch"] is True
 
 
+def test_the_score_of_another_checkpoint_is_not_released(
+    run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(run_copy)
+    report = config.paths.report / "dice_by_subset.json"
+    measured = json.loads(report.read_text())
+    eval_json = config.paths.release / "segmenter" / "eval.json"
+    names = {**measured, "digests": dict.fromkeys(measured["digests"], "0" * 64)}
+    for unknown in (names, {k: v for k, v in measured.items() if k != "digests"}):
+        report.write_text(json.dumps(unknown))
+        caplog.clear()
+        stages.export(config)
+        assert "measured another checkpoint" in caplog.text
+        assert not eval_json.exists()
+    report.write_text(json.dumps(measured))
+    caplog.clear()
+    stages.export(config)
+    assert "another checkpoint" not in caplog.text
+    assert json.loads(eval_json.read_text()) == measured
+
+
 def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
