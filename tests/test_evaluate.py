@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from anycontrast.evaluation.evaluate import (
     EvaluateConfig,
+    checkpoint_digest,
     find_finetuned,
     labelled_indices,
     load_finetuned,
@@ -32,7 +34,7 @@ from anycontrast.models.segmenter import (
 from anycontrast.models.unetr import dense_volumes
 from anycontrast.training import checkpoint
 from anycontrast.training.checkpoint import CheckpointError
-from anycontrast.training.config import Config
+from anycontrast.training.config import Config, load_config
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.store import reader
 from anycontrast_datasets.study import ManifestError, StudyArrays, StudyRecord, VolumeRecord
@@ -170,7 +172,10 @@ def test_the_report_has_all_files_with_the_right_numbers(tmp_path: Path) -> None
     config = EvaluateConfig(num_bootstrap=50)
     models = {"pretrained": Bright(), "scratch": Bright(-1.0)}
     scores = score_models(models, two_studies(), config)
-    summary = write_report(scores, tmp_path, config, {"pretrained": Path("x/step-00000002")})
+    measured = tmp_path / "step-00000002"
+    measured.mkdir()
+    (measured / "manifest.json").write_text("{}")
+    summary = write_report(scores, tmp_path, config, {"pretrained": measured})
     with (tmp_path / "dice_by_subset.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     # Three subsets, one region, two variants.
@@ -191,6 +196,7 @@ def test_the_report_has_all_files_with_the_right_numbers(tmp_path: Path) -> None
         json.dumps(summary)
     )
     assert summary["checkpoints"] == {"pretrained": "step-00000002"}
+    assert summary["digests"] == {"pretrained": checkpoint_digest(measured)}
     assert len((tmp_path / "dice_by_study.csv").read_text().splitlines()) == 1 + 8
 
 
@@ -232,7 +238,9 @@ def fake_checkpoints(
     segmenter = build_segmenter(config, model)
     state = {"kind": kind, "model_config": segmenter_model_config(config, model)}
     monkeypatch.setattr(checkpoint, "load_weights", lambda path: (segmenter.state_dict(), state))
-    (folder / "pretrained" / "checkpoints").mkdir(parents=True)
+    best = folder / "pretrained" / "checkpoints" / "step-00000004"
+    best.mkdir(parents=True)
+    (best / "manifest.json").write_text("{}")
     (folder / "pretrained" / "best.json").write_text('{"checkpoint": "step-00000004"}')
     return segmenter
 
@@ -253,6 +261,20 @@ def test_a_run_is_evaluated_from_its_best_checkpoint(
     assert {row["subset"] for row in summary["rows"]} == {"T1w", "FLAIR", "T1w+FLAIR"}
     names = {path.name for path in config.paths.report.iterdir()}
     assert names >= {f"dice_by_subset.{kind}" for kind in ("csv", "md", "png", "json")}
+
+
+def test_a_best_checkpoint_that_is_gone_gives_way_to_the_newest_whole_one(
+    run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = load_config(run_copy).paths
+    for variant in ("pretrained", "scratch"):
+        best = paths.finetune / variant / "best.json"
+        best.write_text(json.dumps({**json.loads(best.read_text()), "checkpoint": "step-00000099"}))
+    shutil.rmtree(paths.finetune / "scratch" / "checkpoints")
+    found = find_finetuned(paths.finetune)
+    newest = paths.finetune / "pretrained" / "checkpoints" / "step-00000004"
+    assert found == {"pretrained": newest}
+    assert caplog.text.count("names step-00000099, which is gone") == 2
 
 
 def test_nothing_finetuned_and_other_models_are_checkpoint_errors(

@@ -104,16 +104,20 @@ def run_evaluate(config: "Config") -> dict[str, Any]:
 
 
 def find_finetuned(folder: Path) -> dict[str, Path]:
-    """Return the checkpoint to evaluate per variant: the best one, else the newest valid one."""
+    """Return the checkpoint to evaluate per variant: the best one, else the newest whole one."""
     from anycontrast.training.checkpoint import latest
 
     found: dict[str, Path] = {}
     for variant in VARIANTS:
-        best = folder / variant / "best.json"
+        named = folder / variant / "best.json"
         checkpoints = folder / variant / "checkpoints"
-        if best.is_file():
-            found[variant] = checkpoints / str(json.loads(best.read_text())["checkpoint"])
-        elif checkpoints.is_dir() and (newest := latest(checkpoints)) is not None:
+        if named.is_file():
+            best = checkpoints / str(json.loads(named.read_text())["checkpoint"])
+            if best.is_dir():
+                found[variant] = best
+                continue
+            logger.warning("%s names %s, which is gone: taking the newest one", named, best.name)
+        if (newest := latest(checkpoints)) is not None:
             found[variant] = newest.path
     return found
 
