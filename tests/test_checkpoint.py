@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -340,6 +341,83 @@ def test_a_lock_of_a_dead_process_is_taken_over(
     (tmp_path / "run.lock").write_text(json.dumps(holder))
     with caplog.at_level(logging.WARNING), RunLock(tmp_path):
         assert "taking over" in caplog.text
+
+
+RIVALS = """
+import os, sys, time
+from pathlib import Path
+from anycontrast.training.checkpoint import CheckpointError
+from anycontrast.training.run_lock import RunLock
+
+folder, delay_s, has_links = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "links"
+num_rivals = 4
+
+def no_link(*paths):
+    raise PermissionError(1, "Operation not permitted")
+
+class Rival(RunLock):
+    def _is_abandoned(self, holder):
+        answer = super()._is_abandoned(holder)
+        (folder / f"judged-{self.number}").touch()
+        while len(list(folder.glob("judged-*"))) < num_rivals:
+            time.sleep(0.001)
+        time.sleep(self.number * delay_s)
+        return answer
+
+def compete(number):
+    lock = Rival(folder)
+    lock.number = number
+    try:
+        with lock:
+            time.sleep(num_rivals * delay_s + 0.5)
+    except CheckpointError:
+        return 3
+    return 0
+
+if not has_links:
+    os.link = no_link
+children = []
+for number in range(num_rivals):
+    child = os.fork()
+    if child == 0:
+        os._exit(compete(number))
+    children.append(child)
+print(sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+@pytest.mark.parametrize("links", ["links", "no links"])
+@pytest.mark.parametrize("delay_s", [0.0, 0.1])
+def test_one_of_several_processes_takes_over_a_dead_lock(
+    tmp_path: Path, delay_s: float, links: str
+) -> None:
+    dead = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "since": "then"}
+    (tmp_path / "run.lock").write_text(json.dumps(dead))
+    words = [sys.executable, "-c", RIVALS, str(tmp_path), str(delay_s), links]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[0, 3, 3, 3]", done.stderr
+    assert {p.name.partition("-")[0] for p in tmp_path.iterdir()} == {"judged"}
+
+
+def test_a_lock_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*paths: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_link)
+    with (
+        RunLock(tmp_path),
+        pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"),
+        RunLock(tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_takeover_that_died_names_the_file_to_remove(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 0}))
+    (tmp_path / "run.lock.claim").touch()
+    with pytest.raises(CheckpointError, match=r"remove .*run\.lock\.claim"), RunLock(tmp_path):
+        pass
 
 
 def test_a_silent_lock_of_another_host_is_taken_over_and_a_living_one_is_not(

@@ -23,7 +23,8 @@ class RunLock:
 
     A thread touches the file every ten seconds. A lock is taken over when its process is gone (same
     host) or when it has not been touched for a minute (another host, whose processes cannot be
-    seen; a restart on another node waits that long).
+    seen; a restart on another node waits that long). Of several jobs that find the same abandoned
+    lock, one takes it over.
 
     Raises:
         CheckpointError: another job holds the folder.
@@ -32,6 +33,12 @@ class RunLock:
     def __init__(self, folder: Path, *, silent_s: float = _SILENT_S) -> None:
         self.path = folder / "run.lock"
         self._silent_s = silent_s
+        self._facts = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _start_ticks(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         self._done = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -40,6 +47,7 @@ class RunLock:
         if not self._create():
             holder = self._holder()
             if not self._is_abandoned(holder):
+                holder = self._holder()
                 raise CheckpointError(
                     f"run folder {self.path.parent} is in use by process {holder.get('pid')} on "
                     f"{holder.get('host')} since {holder.get('since')}; wait for it to end or "
@@ -51,9 +59,11 @@ class RunLock:
                 holder.get("pid"),
                 holder.get("host"),
             )
-            self.path.unlink(missing_ok=True)
-            if not self._create():
-                raise CheckpointError(f"another job took {self.path} at the same moment")
+            if not (self._take_over(holder) or self._create()):
+                raise CheckpointError(
+                    f"another job took {self.path} at the same moment; wait for it to end or "
+                    "choose another name"
+                )
         self._beat = threading.Thread(target=self._touch, name="run-lock", daemon=True)
         self._beat.start()
         return self
@@ -67,26 +77,53 @@ class RunLock:
         self._done.set()
         if self._beat is not None:
             self._beat.join()
-        if self._holder().get("pid") == os.getpid():
+        if self._holder() == self._facts:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Link a finished file into place: the lock is never seen half written."""
-        facts = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": _start_ticks(os.getpid()),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        draft = self.path.with_name(f"run.lock.{socket.gethostname()}-{os.getpid()}")
-        draft.write_text(json.dumps(facts), encoding="utf-8")
+        draft = self._draft()
         try:
             os.link(draft, self.path)
         except FileExistsError:
             return False
+        except OSError as error:
+            logger.info("%s: no hard links here (%s), writing the lock itself", self.path, error)
+            return self._create_in_place()
         finally:
             draft.unlink()
         return True
+
+    def _create_in_place(self) -> bool:
+        try:
+            with self.path.open("x", encoding="utf-8") as file:
+                json.dump(self._facts, file)
+        except FileExistsError:
+            return False
+        return True
+
+    def _take_over(self, abandoned: dict[str, Any]) -> bool:
+        """Replace the abandoned lock, unless it is another's by now; one job at a time may."""
+        claim = self.path.with_name("run.lock.claim")
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            raise CheckpointError(
+                f"another job is taking over {self.path} at the same moment; if there is none, "
+                f"remove {claim}"
+            ) from None
+        try:
+            if not self.path.exists() or self._holder() != abandoned:
+                return False
+            self._draft().replace(self.path)
+        finally:
+            claim.unlink()
+        return True
+
+    def _draft(self) -> Path:
+        draft = self.path.with_name(f"run.lock.{socket.gethostname()}-{os.getpid()}")
+        draft.write_text(json.dumps(self._facts), encoding="utf-8")
+        return draft
 
     def _touch(self) -> None:
         while not self._done.wait(_BEAT_S):
@@ -103,8 +140,10 @@ class RunLock:
         if holder.get("host") == socket.gethostname():
             started = _start_ticks(int(holder.get("pid", 0)))
             return started is None or started != holder.get("started")
-        logger.warning("%s is held on another host; watching whether it lives", self.path)
         first = self._touched()
+        if first is None:
+            return True
+        logger.warning("%s is held on another host; watching whether it lives", self.path)
         until = time.monotonic() + self._silent_s
         while time.monotonic() < until:
             time.sleep(min(1.0, self._silent_s / 10))
