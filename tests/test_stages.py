@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from anycontrast import stages
+from anycontrast.cli import main
 from anycontrast.training.config import Config, ConfigError, load_config
 
 
@@ -112,6 +113,33 @@ def test_a_damaged_manifest_is_made_again(
         stages.scan(config)
     assert "reused" not in caplog.text
     assert stages.shard(config)["refused"] == 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_source_that_is_gone_fails_the_scan_and_shard_says_what_it_goes_on_with(
+    run_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    root, aside = tmp_path / "runs" / "tiny" / "source", tmp_path / "aside"
+    words = ["name=bids", "scan.source=bids", f"scan.root={root}"]
+    config = load_config(run_copy, words)
+    stages.scan(config)
+    stages.shard(config)
+    assert "did not finish" not in caplog.text
+    before = (config.paths.manifest / "manifest.parquet").read_bytes()
+    root.rename(aside)
+    if kind == "empty":
+        root.mkdir()
+    assert main(["scan", str(run_copy), *words]) == 3
+    assert (config.paths.manifest / "manifest.parquet").read_bytes() == before
+    stages.shard(config)
+    assert "the last scan into" in caplog.text
+    if kind == "empty":
+        root.rmdir()
+    aside.rename(root)
+    caplog.clear()
+    stages.scan(config)
+    stages.shard(config)
+    assert "did not finish" not in caplog.text
 
 
 def test_a_lost_shard_is_written_again_with_the_same_bytes(run_copy: Path) -> None:

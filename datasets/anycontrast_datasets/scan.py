@@ -127,6 +127,9 @@ def run_scan(
 ) -> ScanSummary:
     """Scan a source and write manifest, summary and the private tables into `out_dir`.
 
+    A source that is missing or holds no image leaves earlier results as they are: it may only be
+    unmounted. One whose every file is refused removes the earlier manifest.
+
     Args:
         config: What to scan.
         out_dir: Made when missing; earlier results in it are replaced, its key is kept.

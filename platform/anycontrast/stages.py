@@ -32,6 +32,9 @@ _REPORT_FILES = tuple(f"dice_by_subset.{kind}" for kind in ("csv", "md", "png", 
 def scan(config: Config) -> dict[str, Any]:
     """Find the studies of the source and write the manifest and the ledger.
 
+    A source that is missing or empty leaves an earlier manifest in place, since it may only be
+    unmounted; `shard` then warns that the last scan did not finish.
+
     Raises:
         ManifestError: nothing to scan, or nothing accepted (the ledger says why).
     """
@@ -75,11 +78,15 @@ def shard(config: Config) -> dict[str, Any]:
     """
     from anycontrast_datasets.shard import run_shard
 
-    out = config.paths.shards
-    with progress("sharding", "studies") as on_progress:
-        summary = run_shard(
-            config.paths.manifest, out, config.prepare, config.shard, on_progress=on_progress
+    out, manifest = config.paths.shards, config.paths.manifest
+    if (manifest / "manifest.parquet").is_file() and not (manifest / _STAMP).is_file():
+        logger.warning(
+            "the last scan into %s did not finish, sharding what an earlier one found; run "
+            "`anycontrast scan` until it succeeds",
+            manifest,
         )
+    with progress("sharding", "studies") as on_progress:
+        summary = run_shard(manifest, out, config.prepare, config.shard, on_progress=on_progress)
     logger.info("%s", _shard_sentence(summary, out))
     return {
         "shards": str(out),
