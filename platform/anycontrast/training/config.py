@@ -213,12 +213,12 @@ def check_compatible(config: Config) -> None:
             "masking.target_fraction below 1 needs model.decoder=cross, since the joint decoder "
             f"sees every hidden token; got target_fraction {config.masking.target_fraction}"
         )
-    num_steps, warmup_steps = config.pretrain.steps, config.pretrain.optim.warmup_steps
-    if 0 < num_steps <= warmup_steps:
-        raise ConfigError(
-            f"pretrain.optim.warmup_steps must be < pretrain.steps ({num_steps}), "
-            f"got {warmup_steps}"
-        )
+    for section, loop in (("pretrain", config.pretrain), ("finetune", config.finetune)):
+        if 0 < loop.steps <= loop.optim.warmup_steps:
+            raise ConfigError(
+                f"{section}.optim.warmup_steps must be < {section}.steps ({loop.steps}), "
+                f"got {loop.optim.warmup_steps}"
+            )
 
 
 def _plain(value: Any) -> Any:
