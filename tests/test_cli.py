@@ -1,12 +1,16 @@
 """The command line: help, words, exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from anycontrast import __version__, cli
 from anycontrast.cli import VERBS, exit_code_of, guarded, main, message_of
@@ -17,6 +21,36 @@ from anycontrast.training.loop import TrainingError, TrainingInterrupted
 from anycontrast_datasets.study import ManifestError, ShardError, StudyError, VolumeError
 
 Capture = pytest.CaptureFixture[str]
+
+# Runs as if the modules named in the first word were not installed.
+WITHOUT_EXTRAS = """
+import sys
+from pathlib import Path
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        is_hidden = name.partition(".")[0] in hidden
+        return None if is_hidden else self.finder.find_spec(name, path, target)
+
+hidden = set(sys.argv.pop(1).split(","))
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path if hasattr(finder, "find_spec")]
+from anycontrast.cli import main
+
+release, study, folder = sys.argv[1:]
+codes = [main(["pull", release, f"pull.cache={folder}/cache"])]
+(pulled,) = Path(folder, "cache").iterdir()
+codes += [
+    main(["verify", str(pulled)]),
+    main(["predict", str(pulled), study, f"{folder}/out", "predict.device=cpu"]),
+]
+try:
+    import ray
+except ModuleNotFoundError as error:
+    print(codes, "refused", error.name)
+"""
 
 
 def test_help_names_every_verb_and_exit_code(capsys: Capture) -> None:
@@ -152,6 +186,55 @@ def test_pull_and_verify_say_what_to_do_next(
     assert printed["predict"] == f"anycontrast predict {printed['release']} STUDY_DIR OUT"
     assert main(["verify", printed["release"]]) == 0
     assert json.loads(capsys.readouterr().out)["files"] == 4
+
+
+def test_the_stock_unetr_head_goes_from_finetuning_to_a_prediction(
+    run_copy: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.rmtree(run / "finetune")
+    channels = "finetune.segmenter.contrasts=[DWI,ADC,FLAIR]"
+    for verb in ("finetune", "evaluate", "export"):
+        words = [verb, str(run_copy), "finetune.segmenter.head=unetr", channels]
+        assert main(words) == 0, capsys.readouterr().err
+    report = json.loads((run / "report" / "dice_by_subset.json").read_text())
+    assert {row["subset"] for row in report["rows"]} == {"DWI", "ADC", "DWI+ADC"}
+    release = run / "release" / "segmenter"
+    facts = json.loads((release / "config.json").read_text())
+    assert facts["segmenter"]["head"] == "unetr"
+    assert json.loads((release / "eval.json").read_text()) == report
+    study, out = run / "source" / "sub-0001" / "ses-1" / "dwi", tmp_path / "out"
+    capsys.readouterr()
+    assert main(["predict", str(release), str(study), str(out)]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)["contrasts_used"]) == ["ADC", "DWI"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("core.nii.gz", "lesion.nii.gz", "prediction.json"),
+    ]
+
+
+def _not_in_a_plain_install() -> set[str]:
+    """Modules installed here that `pip install anycontrast`, without an extra, does not bring."""
+    wanted, waiting = set(), ["anycontrast"]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in wanted and (found := list(metadata.distributions(name=name))):
+            wanted.add(name)
+            needs = map(Requirement, found[0].requires or ())
+            waiting += [r.name for r in needs if not r.marker or r.marker.evaluate({"extra": ""})]
+    owners = metadata.packages_distributions().items()
+    return {module for module, names in owners if not wanted & set(map(canonicalize_name, names))}
+
+
+def test_a_release_is_used_without_the_extras(tiny_run: Config, tmp_path: Path) -> None:
+    release = tiny_run.paths.release / "segmenter"
+    study = tiny_run.paths.source / "sub-0001" / "ses-1" / "dwi"
+    hidden = _not_in_a_plain_install()
+    assert hidden >= {"ray", "deepspeed", "webdataset", "tensorboard", "matplotlib", "nilearn"}
+    words = [",".join(hidden), str(release), str(study), str(tmp_path)]
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_EXTRAS, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["[0, 0, 0] refused ray"], done.stderr
+    assert (tmp_path / "out" / "lesion.nii.gz").is_file()
 
 
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path, capsys: Capture) -> None:
