@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from anycontrast.models.adaptive_unetr import AdaptiveUNETR
+from anycontrast.models.adaptive_unetr import AdaptiveUNETR, occupied_tokens
 from anycontrast.models.amae import AMAE, AMAEConfig
 from anycontrast.models.segmenter import (
     SegmenterConfig,
@@ -244,3 +244,32 @@ def test_regions_are_unions_of_label_values() -> None:
     label = torch.tensor([[[[0, 1, 2, 4]]]], dtype=torch.uint8)
     channels = region_targets(label, {"whole": [1, 2, 4], "core": [1, 4]})
     assert channels[0, :, 0, 0].tolist() == [[0, 1, 1, 1], [0, 1, 0, 1]]
+
+
+def test_background_patches_are_no_tokens() -> None:
+    """Pretraining has no background tokens, so the encoder must not meet any in a finetune."""
+    torch.manual_seed(0)
+    study = make_study("a", ALL[:2], (16, 16, 16))
+    for codes in study.codes.values():
+        codes[:, :, 8:] = 0
+    batch = pack_studies([study], (8, 8, 8), epochs=[0], drop_empty=False)
+    model = AdaptiveUNETR(SegmenterConfig(window_vox=(16, 16, 16)), tiny_model()).eval()
+    index_N, lengths, cu_seqlens = occupied_tokens(batch)
+    assert (batch.num_tokens, lengths, cu_seqlens.tolist()) == (16, (8,), [0, 8])
+    assert batch.grid_T3[index_N][:, 2].tolist() == [0] * 8
+    seen: list[int] = []
+    hook = model.encoder.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: seen.append(int(inputs[0].shape[0]))
+    )
+    logits = model(batch)
+    hook.remove()
+    assert seen == [8]
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_a_window_of_nothing_but_background_is_predicted_too() -> None:
+    study = make_study("a", ALL[:1], (16, 16, 16))
+    study.codes[ALL[0]][:] = 0
+    batch = pack_studies([study], (8, 8, 8), epochs=[0], drop_empty=False)
+    model = AdaptiveUNETR(SegmenterConfig(window_vox=(16, 16, 16)), tiny_model()).eval()
+    assert bool(torch.isfinite(model(batch)).all())

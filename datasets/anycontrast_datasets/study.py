@@ -75,7 +75,8 @@ class Volume:
             raise StudyError(f"volume {self.contrast}: shape must be positive, got {self.shape}")
         if any(not (math.isfinite(s) and s > 0) for s in self.spacing_mm):
             raise StudyError(
-                f"volume {self.contrast}: spacing_mm must be > 0 in every axis, got {self.spacing_mm}"
+                f"volume {self.contrast}: spacing_mm must be > 0 in every axis, "
+                f"got {self.spacing_mm}"
             )
 
 
@@ -106,7 +107,9 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
-            raise StudyError(f"study {self.study_id}: split must be one of {SPLITS}, got {self.split!r}")
+            raise StudyError(
+                f"study {self.study_id}: split must be one of {SPLITS}, got {self.split!r}"
+            )
         names = [volume.contrast for volume in self.volumes]
         repeated = sorted({n for n in names if names.count(n) > 1})
         if repeated:

@@ -2,11 +2,13 @@
 
 The pretrained encoder sees all tokens of a study's contrasts together; at every tap the tokens are
 max-pooled over the contrasts, location by location, so the convolutional decoder always gets one
-map whatever the study has. The full-resolution skip, which the paper leaves open, is built the same
-way: one shared single-channel stem per volume, then the maximum over contrasts. The order of the
-contrasts cannot matter, and an absent contrast costs nothing.
+map whatever the study has. Background patches are no tokens here either; their places hold 0. The
+full-resolution skip, which the paper leaves open, is built the same way: one shared single-channel
+stem per volume, then the maximum over contrasts. The order of the contrasts cannot matter, and an
+absent contrast costs nothing.
 
-Letters: T tokens, S studies, V volumes, L patches of a grid, E width, F features, G grid axes.
+Letters: T tokens, N tokens with foreground, S studies, V volumes, L patches of a grid, E width,
+F features, G grid axes.
 
 Source: Das et al., arXiv 2501.09096, section on Adaptive UNETR; decoder: `unetr.py`.
 """
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from anycontrast.models.amae import AMAEConfig
-from anycontrast.models.encoder import Encoder
+from anycontrast.models.encoder import Encoder, Visible
 from anycontrast.models.segmenter import Segmenter, SegmenterConfig, TransferReport, take_tensors
 from anycontrast.models.unetr import (
     UNETRDecoder,
@@ -53,10 +55,14 @@ class AdaptiveUNETR(Segmenter):
     def forward(self, batch: PackedBatch) -> Tensor:
         """See `Segmenter.forward`."""
         grid = common_grid(batch)
-        last_TE, taps_TE = self.encoder(batch, taps=self.tap_blocks)
+        # Pretraining has no background tokens; a finetune that showed them would feed the encoder
+        # what it never saw, and let them attend to the anatomy.
+        occupied = occupied_tokens(batch)
+        last_NE, taps_NE = self.encoder(batch, visible=occupied, taps=self.tap_blocks)
         dtype = next(self.stem.parameters()).dtype
-        taps_SEG = [_pooled_map(tap_TE.to(dtype), batch, grid) for tap_TE in taps_TE]
-        last_SEG = _pooled_map(last_TE.to(dtype), batch, grid)
+        index_N = occupied[0]
+        taps_SEG = [_pooled_map(tap_NE.to(dtype), index_N, batch, grid) for tap_NE in taps_NE]
+        last_SEG = _pooled_map(last_NE.to(dtype), index_N, batch, grid)
         volumes_V1XYZ = dense_volumes(batch)[:, None].to(dtype)
         skip_SFXYZ = max_over_contrasts(self.stem(volumes_V1XYZ), batch)
         logits: Tensor = self.decoder(taps_SEG, last_SEG, skip_SFXYZ)
@@ -68,9 +74,24 @@ class AdaptiveUNETR(Segmenter):
         return take_tensors(self, tensors, {name: name for name in names})
 
 
-def _pooled_map(x_TE: Tensor, batch: PackedBatch, grid: tuple[int, int, int]) -> Tensor:
-    x_VLE = x_TE.view(batch.num_volumes, -1, x_TE.shape[-1])
-    return tokens_to_map(max_over_contrasts(x_VLE, batch), grid)
+def occupied_tokens(batch: PackedBatch) -> Visible:
+    """Which tokens hold any foreground: what pretraining would have packed."""
+    has_any_T = (batch.codes_TP != 0).any(dim=1)
+    counts = [int(part.sum()) for part in torch.split(has_any_T.cpu(), list(batch.lengths))]
+    cu_seqlens = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+    index_N = has_any_T.nonzero().squeeze(1)
+    return index_N, tuple(counts), cu_seqlens.to(batch.codes_TP.device)
+
+
+def _pooled_map(
+    x_NE: Tensor, index_N: Tensor, batch: PackedBatch, grid: tuple[int, int, int]
+) -> Tensor:
+    """Maximum over the contrasts that have a token at a location; 0 where none has."""
+    lowest = torch.finfo(x_NE.dtype).min
+    x_TE = x_NE.new_full((batch.num_tokens, x_NE.shape[-1]), lowest)
+    x_VLE = x_TE.index_copy(0, index_N, x_NE).view(batch.num_volumes, -1, x_NE.shape[-1])
+    pooled_SLE = max_over_contrasts(x_VLE, batch)
+    return tokens_to_map(pooled_SLE.masked_fill(pooled_SLE == lowest, 0.0), grid)
 
 
 def max_over_contrasts(x_V: Tensor, batch: PackedBatch) -> Tensor:
