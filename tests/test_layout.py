@@ -34,6 +34,7 @@ ONLY_IN = {
 MODELS_MAY_NOT = ("omegaconf", "pathlib", "os", "fsspec", "ray", "deepspeed")
 HEAVY = ("torch", "numpy", "ray", "deepspeed", "triton", "webdataset", "zarr", "monai", "nibabel")
 MAX_LINES = 500
+MAPPED = ("recipes", "infra", "docs")
 
 
 def source_files(root: Path) -> list[Path]:
@@ -94,7 +95,7 @@ def map_violations(root: Path) -> list[str]:
     named = set(re.findall(r"`([\w./*-]+\.(?:py|yaml|md|csv))`", section))
     real = {
         p.relative_to(root).as_posix()
-        for p in [*source_files(root), *(root / "recipes").rglob("*"), *(root / "docs").rglob("*")]
+        for p in [*source_files(root), *(p for f in MAPPED for p in (root / f).rglob("*"))]
         if p.is_file() and p.name != "__init__.py" and "__pycache__" not in p.parts
     }
     return [f"README's file map lacks {name}" for name in sorted(real - named)] + [
@@ -160,7 +161,7 @@ def test_recipes_stay_under_a_hundred_lines() -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    for name in (*PACKAGES, "recipes", "docs"):
+    for name in (*PACKAGES, *MAPPED):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
