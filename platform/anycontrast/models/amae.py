@@ -38,12 +38,12 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "tiny": Preset(128, 2, 2, 64, 1, 1),
-    "small": Preset(384, 6, 6, 384, 3, 6),
+    "small": Preset(384, 12, 6, 384, 3, 6),
     "base": Preset(768, 12, 12, 384, 3, 6),
     "large": Preset(1024, 24, 16, 384, 3, 6),
     "huge": Preset(1280, 32, 20, 384, 3, 6),
 }
-"""`tiny` is for tests and the demo; `base`, `large` and `huge` are ViT-B, -L and -H."""
+"""`tiny` is for tests and the demo; the others are ViT-S, -B, -L and -H, with heads of 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
