@@ -1,4 +1,7 @@
-"""One complete tiny run, made once: every stage a user calls, on phantom studies of 8 mm."""
+"""What several test files build: one complete tiny run, studies of noise, NIfTI files.
+
+The tiny run is every stage a user calls on phantom studies of 8 mm, made once.
+"""
 
 import os
 
@@ -7,11 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zlib import crc32
 
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
     from anycontrast.training.config import Config
+    from anycontrast_datasets.batch import PackedBatch
+    from anycontrast_datasets.study import StudyArrays
 
 TINY_RUN = """\
 name: tiny
@@ -110,3 +117,85 @@ def run_copy(
 
     shutil.copytree(tiny_yaml.parent / "runs", tmp_path / "runs")
     return write_tiny_yaml(tmp_path)
+
+
+NOISE_PATCH = (4, 2, 6)
+
+
+@pytest.fixture(scope="session")
+def noise_study() -> "Callable[..., StudyArrays]":
+    """Make a prepared study of noise; a volume depends on study id and contrast alone."""
+    from anycontrast_datasets.contrast import ContrastDescriptor
+    from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+
+    def make(
+        study_id: str,
+        contrasts: tuple[str, ...],
+        *,
+        grid: tuple[int, int, int] = (3, 4, 2),
+        spacing_mm: tuple[float, float, float] = (4.0, 8.0, 3.0),
+    ) -> StudyArrays:
+        x, y, z = NOISE_PATCH
+        shape = (grid[0] * x, grid[1] * y, grid[2] * z)
+        codes, volumes = {}, []
+        for name in contrasts:
+            rng = np.random.default_rng(crc32(f"{study_id} {name}".encode()))
+            codes[name] = rng.integers(1, 4000, size=shape).astype(np.int16)
+            volumes.append(
+                VolumeRecord(
+                    contrast=name,
+                    scale=0.5,
+                    offset=3.0,
+                    p0_5=0.0,
+                    p99_5=2000.0,
+                    mean=1000.0,
+                    std=580.0,
+                    num_foreground=codes[name].size,
+                    occupancy="",
+                    source_spacing_mm=spacing_mm,
+                    descriptor=ContrastDescriptor(te_s=0.01),
+                )
+            )
+        record = StudyRecord(
+            study_id=study_id,
+            dataset="noise",
+            subject_id=study_id,
+            session_id="1",
+            split="train",
+            shape=shape,
+            spacing_mm=spacing_mm,
+            affine=((1.0, 0, 0, 0), (0, 1.0, 0, 0), (0, 0, 1.0, 0), (0, 0, 0, 1.0)),
+            volumes=tuple(volumes),
+        )
+        return StudyArrays(record, codes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def noise_pack() -> "Callable[..., PackedBatch]":
+    """Pack whole studies of noise, patch by patch of `NOISE_PATCH`."""
+    from anycontrast_datasets.pack import pack_studies
+
+    def pack(*studies: "StudyArrays") -> "PackedBatch":
+        return pack_studies(studies, NOISE_PATCH, epochs=[0] * len(studies), drop_empty=False)
+
+    return pack
+
+
+@pytest.fixture
+def study_a(noise_study: "Callable[..., StudyArrays]") -> "StudyArrays":
+    """Three contrasts on one grid."""
+    return noise_study("a", ("T1w", "FLAIR", "ADC"))
+
+
+@pytest.fixture
+def study_b(noise_study: "Callable[..., StudyArrays]") -> "StudyArrays":
+    """One contrast, another grid and spacing."""
+    return noise_study("b", ("DWI",), grid=(2, 5, 3), spacing_mm=(2.0, 2.0, 5.0))
+
+
+@pytest.fixture
+def study_c(noise_study: "Callable[..., StudyArrays]") -> "StudyArrays":
+    """Two contrasts, one of them unknown."""
+    return noise_study("c", ("T2w", "unknown"), grid=(4, 1, 2))

@@ -1,73 +1,21 @@
+from collections.abc import Callable
 from dataclasses import replace
-from zlib import crc32
 
-import numpy as np
 import pytest
 import torch
 
 from anycontrast.models.amae import AMAE, PRESETS, AMAEConfig, target_voxels
 from anycontrast.models.masking import MaskedPack, MaskingConfig, mask_batch
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_datasets.contrast import ContrastDescriptor
-from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import StudyArrays
 from anycontrast_kernels.patch_loss import normalize_patches
 from anycontrast_kernels.patchify import intensity_map
 
 PATCH = (4, 2, 6)
 
 
-def study(
-    study_id: str,
-    contrasts: tuple[str, ...],
-    *,
-    grid: tuple[int, int, int] = (3, 4, 2),
-    spacing_mm: tuple[float, float, float] = (4.0, 8.0, 3.0),
-) -> StudyArrays:
-    """A prepared study of noise; a volume depends on study id and contrast alone."""
-    shape = (grid[0] * PATCH[0], grid[1] * PATCH[1], grid[2] * PATCH[2])
-    codes, volumes = {}, []
-    for name in contrasts:
-        rng = np.random.default_rng(crc32(f"{study_id} {name}".encode()))
-        codes[name] = rng.integers(1, 4000, size=shape).astype(np.int16)
-        volumes.append(
-            VolumeRecord(
-                contrast=name,
-                scale=0.5,
-                offset=3.0,
-                p0_5=0.0,
-                p99_5=2000.0,
-                mean=1000.0,
-                std=580.0,
-                num_foreground=codes[name].size,
-                occupancy="",
-                source_spacing_mm=spacing_mm,
-                descriptor=ContrastDescriptor(te_s=0.01),
-            )
-        )
-    record = StudyRecord(
-        study_id=study_id,
-        dataset="noise",
-        subject_id=study_id,
-        session_id="1",
-        split="train",
-        shape=shape,
-        spacing_mm=spacing_mm,
-        affine=((1.0, 0, 0, 0), (0, 1.0, 0, 0), (0, 0, 1.0, 0), (0, 0, 0, 1.0)),
-        volumes=tuple(volumes),
-    )
-    return StudyArrays(record, codes)
-
-
-def pack(*studies: StudyArrays) -> PackedBatch:
-    return pack_studies(studies, PATCH, epochs=[0] * len(studies), drop_empty=False)
-
-
 SEVEN = ("ADC", "DWI", "T2w", "GRE", "SWI", "T1w", "FLAIR")
 DECODERS = ("joint", "cross")
-A = study("a", ("T1w", "FLAIR", "ADC"))
-B = study("b", ("DWI",), grid=(2, 5, 3), spacing_mm=(2.0, 2.0, 5.0))
-C = study("c", ("T2w", "unknown"), grid=(4, 1, 2))
 
 
 def build(decoder: str = "joint", **changes: object) -> AMAE:
@@ -80,8 +28,13 @@ def build(decoder: str = "joint", **changes: object) -> AMAE:
     return model
 
 
-def mask(*studies: StudyArrays, seed: int = 0, **settings: object) -> MaskedPack:
-    return mask_batch(pack(*studies), MaskingConfig(**settings), seed)  # type: ignore[arg-type]
+@pytest.fixture
+def mask(noise_pack: Callable[..., PackedBatch]) -> Callable[..., MaskedPack]:
+    def make(*studies: StudyArrays, seed: int = 0, **settings: object) -> MaskedPack:
+        config = MaskingConfig(**settings)  # type: ignore[arg-type]
+        return mask_batch(noise_pack(*studies), config, seed)
+
+    return make
 
 
 def with_float_codes(pack: MaskedPack) -> tuple[MaskedPack, torch.Tensor]:
@@ -92,9 +45,15 @@ def with_float_codes(pack: MaskedPack) -> tuple[MaskedPack, torch.Tensor]:
 
 @pytest.mark.parametrize("norm_target", [False, True])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_loss_looks_at_the_voxels_of_hidden_patches_only(decoder: str, norm_target: bool) -> None:
+def test_loss_looks_at_the_voxels_of_hidden_patches_only(
+    decoder: str,
+    norm_target: bool,
+    study_a: StudyArrays,
+    study_b: StudyArrays,
+    mask: Callable[..., MaskedPack],
+) -> None:
     model = build(decoder, norm_target=norm_target)
-    plain = mask(A, B)
+    plain = mask(study_a, study_b)
     prediction = model.decode(model.encode(plain), plain)
     pack_with_grad, codes_TP = with_float_codes(plain)
     loss = (prediction - model.target(pack_with_grad)).square().mean()
@@ -105,9 +64,11 @@ def test_loss_looks_at_the_voxels_of_hidden_patches_only(decoder: str, norm_targ
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_prediction_looks_at_the_voxels_of_visible_patches_only(decoder: str) -> None:
+def test_prediction_looks_at_the_voxels_of_visible_patches_only(
+    decoder: str, study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     model = build(decoder)
-    pack_with_grad, codes_TP = with_float_codes(mask(A, B))
+    pack_with_grad, codes_TP = with_float_codes(mask(study_a, study_b))
     prediction = model.decode(model.encode(pack_with_grad), pack_with_grad)
     (grad,) = torch.autograd.grad(prediction.square().sum(), codes_TP)
     size = grad.abs().sum(1)
@@ -116,9 +77,11 @@ def test_prediction_looks_at_the_voxels_of_visible_patches_only(decoder: str) ->
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_stored_codes_of_hidden_patches_do_not_change_the_prediction(decoder: str) -> None:
+def test_stored_codes_of_hidden_patches_do_not_change_the_prediction(
+    decoder: str, study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     model = build(decoder)
-    masked = mask(A, B)
+    masked = mask(study_a, study_b)
     before = model(masked)
     masked.batch.codes_TP[masked.hidden_T] //= 2
     after = model(masked)
@@ -128,10 +91,17 @@ def test_stored_codes_of_hidden_patches_do_not_change_the_prediction(decoder: st
 
 @pytest.mark.parametrize("strategy", ["per_contrast", "dirichlet"])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_packed_batch_gives_what_its_studies_give_alone(decoder: str, strategy: str) -> None:
+def test_a_packed_batch_gives_what_its_studies_give_alone(
+    decoder: str,
+    strategy: str,
+    study_a: StudyArrays,
+    study_b: StudyArrays,
+    study_c: StudyArrays,
+    mask: Callable[..., MaskedPack],
+) -> None:
     model = build(decoder)
-    together = model(mask(A, B, C, strategy=strategy))
-    alone = [model(mask(one, strategy=strategy)) for one in (A, B, C)]
+    together = model(mask(study_a, study_b, study_c, strategy=strategy))
+    alone = [model(mask(one, strategy=strategy)) for one in (study_a, study_b, study_c)]
     for number, name in enumerate(together._fields):
         expected = torch.cat([out[number] for out in alone])
         torch.testing.assert_close(together[number], expected, atol=1e-5, rtol=0, msg=name)
@@ -148,10 +118,12 @@ def per_contrast(model: AMAE, masked: MaskedPack) -> dict[str, tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_permuting_the_contrasts_of_a_study_permutes_nothing_else(decoder: str) -> None:
+def test_permuting_the_contrasts_of_a_study_permutes_nothing_else(
+    decoder: str, noise_study: Callable[..., StudyArrays], mask: Callable[..., MaskedPack]
+) -> None:
     model = build(decoder)
-    straight = per_contrast(model, mask(study("a", ("T1w", "FLAIR", "ADC", "SWI"))))
-    permuted = per_contrast(model, mask(study("a", ("SWI", "ADC", "T1w", "FLAIR"))))
+    straight = per_contrast(model, mask(noise_study("a", ("T1w", "FLAIR", "ADC", "SWI"))))
+    permuted = per_contrast(model, mask(noise_study("a", ("SWI", "ADC", "T1w", "FLAIR"))))
     assert list(straight) != list(permuted)
     for name, (loss, prediction) in straight.items():
         torch.testing.assert_close(permuted[name][0], loss, atol=1e-5, rtol=0)
@@ -159,9 +131,11 @@ def test_permuting_the_contrasts_of_a_study_permutes_nothing_else(decoder: str) 
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_calling_a_contrast_by_another_name_changes_the_prediction(decoder: str) -> None:
+def test_calling_a_contrast_by_another_name_changes_the_prediction(
+    decoder: str, study_a: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     model = build(decoder)
-    masked = mask(A)
+    masked = mask(study_a)
     before = model(masked).prediction_MP
     masked.batch.contrast_V[0] = 3
     assert not torch.allclose(model(masked).prediction_MP, before, atol=1e-3)
@@ -171,7 +145,11 @@ def test_calling_a_contrast_by_another_name_changes_the_prediction(decoder: str)
 @pytest.mark.parametrize("paper_exact", [False, True])
 @pytest.mark.parametrize("contrasts", [("DWI",), SEVEN, ("unknown",), ("T1w", "unknown")])
 def test_any_set_of_contrasts_trains(
-    contrasts: tuple[str, ...], paper_exact: bool, decoder: str
+    contrasts: tuple[str, ...],
+    paper_exact: bool,
+    decoder: str,
+    noise_study: Callable[..., StudyArrays],
+    mask: Callable[..., MaskedPack],
 ) -> None:
     torch.manual_seed(0)
     model = AMAE(
@@ -184,7 +162,7 @@ def test_any_set_of_contrasts_trains(
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    masked = mask(study("s", contrasts))
+    masked = mask(noise_study("s", contrasts))
     losses = []
     for _ in range(6):
         optimizer.zero_grad()
@@ -198,8 +176,10 @@ def test_any_set_of_contrasts_trains(
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_norm_target_predicts_normalised_patches() -> None:
-    out, masked = build(norm_target=True)(mask(A)), mask(A)
+def test_norm_target_predicts_normalised_patches(
+    study_a: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
+    out, masked = build(norm_target=True)(mask(study_a)), mask(study_a)
     voxels = target_voxels(masked)
     torch.testing.assert_close(out.target_MP, normalize_patches(voxels))
     torch.testing.assert_close(
@@ -209,16 +189,20 @@ def test_norm_target_predicts_normalised_patches() -> None:
     torch.testing.assert_close(plain.target_MP, voxels)
 
 
-def test_target_is_the_z_score_of_the_hidden_voxels() -> None:
-    masked = mask(A, B)
+def test_target_is_the_z_score_of_the_hidden_voxels(
+    study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
+    masked = mask(study_a, study_b)
     batch = masked.batch
     every = intensity_map(batch.codes_TP, batch.volume_T, batch.intensity_V4)
     torch.testing.assert_close(target_voxels(masked), every[masked.hidden_T])
 
 
-def test_only_the_sampled_targets_are_predicted() -> None:
+def test_only_the_sampled_targets_are_predicted(
+    study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     model = build("cross")
-    every, some = mask(A, B), mask(A, B, target_fraction=0.25)
+    every, some = mask(study_a, study_b), mask(study_a, study_b, target_fraction=0.25)
     rows = torch.isin(every.target_index_M, some.target_index_M)
     found, expected = model(some), model(every)
     assert len(found.loss_M) == some.num_targets < every.num_targets
@@ -226,9 +210,11 @@ def test_only_the_sampled_targets_are_predicted() -> None:
 
 
 @pytest.mark.parametrize("norm_target", [False, True])
-def test_reconstruction_is_in_z_scores(norm_target: bool) -> None:
+def test_reconstruction_is_in_z_scores(
+    norm_target: bool, study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     model = build(norm_target=norm_target)
-    masked = mask(A, B)
+    masked = mask(study_a, study_b)
     found = model.reconstruct(masked)
     assert found.shape == (masked.num_targets, 48) and not found.requires_grad
     prediction = model(masked).prediction_MP.detach()
@@ -239,24 +225,31 @@ def test_reconstruction_is_in_z_scores(norm_target: bool) -> None:
     torch.testing.assert_close(found, prediction)
 
 
-def test_recomputing_activations_changes_no_gradient() -> None:
+def test_recomputing_activations_changes_no_gradient(
+    study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     grads = []
     for recompute in (False, True):
         model = build(recompute=recompute)
-        torch.autograd.backward(model(mask(A, B)).loss_M.mean())
+        torch.autograd.backward(model(mask(study_a, study_b)).loss_M.mean())
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_the_same_step_twice_is_equal_to_the_bit() -> None:
+def test_the_same_step_twice_is_equal_to_the_bit(
+    study_a: StudyArrays,
+    study_b: StudyArrays,
+    study_c: StudyArrays,
+    mask: Callable[..., MaskedPack],
+) -> None:
     losses = []
     for _ in range(2):
         model = build()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for step in range(3):
             optimizer.zero_grad()
-            loss = model(mask(A, B, C, seed=step)).loss_M.mean()
+            loss = model(mask(study_a, study_b, study_c, seed=step)).loss_M.mean()
             torch.autograd.backward(loss)
             optimizer.step()
         losses.append(loss.detach())

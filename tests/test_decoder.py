@@ -1,63 +1,14 @@
-from zlib import crc32
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
 from anycontrast.models.decoder import CrossDecoder, DecoderConfig, JointDecoder, build_decoder
 from anycontrast.models.masking import MaskedPack, MaskingConfig, mask_batch
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_datasets.contrast import ContrastDescriptor
-from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import StudyArrays
 
 PATCH = (4, 2, 6)
-
-
-def study(
-    study_id: str,
-    contrasts: tuple[str, ...],
-    *,
-    grid: tuple[int, int, int] = (3, 4, 2),
-    spacing_mm: tuple[float, float, float] = (4.0, 8.0, 3.0),
-) -> StudyArrays:
-    """A prepared study of noise; a volume depends on study id and contrast alone."""
-    shape = (grid[0] * PATCH[0], grid[1] * PATCH[1], grid[2] * PATCH[2])
-    codes, volumes = {}, []
-    for name in contrasts:
-        rng = np.random.default_rng(crc32(f"{study_id} {name}".encode()))
-        codes[name] = rng.integers(1, 4000, size=shape).astype(np.int16)
-        volumes.append(
-            VolumeRecord(
-                contrast=name,
-                scale=0.5,
-                offset=3.0,
-                p0_5=0.0,
-                p99_5=2000.0,
-                mean=1000.0,
-                std=580.0,
-                num_foreground=codes[name].size,
-                occupancy="",
-                source_spacing_mm=spacing_mm,
-                descriptor=ContrastDescriptor(te_s=0.01),
-            )
-        )
-    record = StudyRecord(
-        study_id=study_id,
-        dataset="noise",
-        subject_id=study_id,
-        session_id="1",
-        split="train",
-        shape=shape,
-        spacing_mm=spacing_mm,
-        affine=((1.0, 0, 0, 0), (0, 1.0, 0, 0), (0, 0, 1.0, 0), (0, 0, 0, 1.0)),
-        volumes=tuple(volumes),
-    )
-    return StudyArrays(record, codes)
-
-
-def pack(*studies: StudyArrays) -> PackedBatch:
-    return pack_studies(studies, PATCH, epochs=[0] * len(studies), drop_empty=False)
 
 
 KINDS = ("joint", "cross")
@@ -88,27 +39,31 @@ def encode(pack: MaskedPack) -> torch.Tensor:
     return torch.sin(codes[:, :WIDTH])
 
 
-A = study("a", ("T1w", "FLAIR", "ADC"))
-B = study("b", ("DWI",), grid=(2, 5, 3), spacing_mm=(2.0, 2.0, 5.0))
+@pytest.fixture
+def mask(noise_pack: Callable[..., PackedBatch]) -> Callable[..., MaskedPack]:
+    def make(*studies: StudyArrays, fraction: float = 1.0) -> MaskedPack:
+        return mask_batch(noise_pack(*studies), MaskingConfig(target_fraction=fraction), 0)
 
-
-def mask(*studies: StudyArrays, fraction: float = 1.0) -> MaskedPack:
-    return mask_batch(pack(*studies), MaskingConfig(target_fraction=fraction), 0)
+    return make
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_study_is_decoded_as_if_alone(kind: str) -> None:
+def test_a_packed_study_is_decoded_as_if_alone(
+    kind: str, study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     decoder = build(kind)
-    together, alone = mask(A, B), [mask(A), mask(B)]
+    together, alone = mask(study_a, study_b), [mask(study_a), mask(study_b)]
     found = decoder(encode(together), together)
     expected = torch.cat([decoder(encode(one), one) for one in alone])
     assert found.shape == (together.num_targets, 48)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_cross_predictions_do_not_depend_on_which_targets_are_sampled() -> None:
+def test_cross_predictions_do_not_depend_on_which_targets_are_sampled(
+    study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     decoder = build("cross")
-    every, some = mask(A, B), mask(A, B, fraction=0.25)
+    every, some = mask(study_a, study_b), mask(study_a, study_b, fraction=0.25)
     assert 0 < some.num_targets < every.num_targets
     rows = torch.isin(every.target_index_M, some.target_index_M)
     torch.testing.assert_close(
@@ -116,9 +71,11 @@ def test_cross_predictions_do_not_depend_on_which_targets_are_sampled() -> None:
     )
 
 
-def test_joint_decodes_a_sample_of_the_same_predictions() -> None:
+def test_joint_decodes_a_sample_of_the_same_predictions(
+    study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     decoder = build("joint")
-    every, some = mask(A, B), mask(A, B, fraction=0.25)
+    every, some = mask(study_a, study_b), mask(study_a, study_b, fraction=0.25)
     rows = torch.isin(every.target_index_M, some.target_index_M)
     torch.testing.assert_close(
         decoder(encode(some), some), decoder(encode(every), every)[rows], atol=1e-5, rtol=0
@@ -126,9 +83,11 @@ def test_joint_decodes_a_sample_of_the_same_predictions() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_visible_token_of_the_study_counts_and_none_of_another(kind: str) -> None:
+def test_every_visible_token_of_the_study_counts_and_none_of_another(
+    kind: str, study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     decoder = build(kind)
-    both = mask(A, B)
+    both = mask(study_a, study_b)
     encoded = encode(both).requires_grad_()
     of_a = both.target_lengths[0]
     prediction = decoder(encoded, both)
@@ -139,19 +98,23 @@ def test_every_visible_token_of_the_study_counts_and_none_of_another(kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_targets_differ_by_place_and_by_contrast(kind: str) -> None:
+def test_targets_differ_by_place_and_by_contrast(
+    kind: str, study_a: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     decoder = build(kind)
-    one = mask(A)
+    one = mask(study_a)
     prediction = decoder(encode(one), one)
     distance = torch.cdist(prediction, prediction) + 10 * torch.eye(len(prediction))
     assert float(distance.detach().min()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_visible_tokens_are_told_by_place(kind: str) -> None:
+def test_visible_tokens_are_told_by_place(
+    kind: str, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     """Swapping what two visible tokens of a contrast hold changes the predictions."""
     decoder = build(kind)
-    one = mask(B)
+    one = mask(study_b)
     encoded = encode(one)
     swapped = encoded.clone()
     swapped[[0, 1]] = encoded[[1, 0]]
@@ -159,18 +122,22 @@ def test_visible_tokens_are_told_by_place(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_parameters_get_a_gradient(kind: str) -> None:
+def test_all_parameters_get_a_gradient(
+    kind: str, study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     decoder = build(kind)
-    one = mask(A, B)
+    one = mask(study_a, study_b)
     torch.autograd.backward(decoder(encode(one), one).square().mean())
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputing_activations_changes_no_gradient(kind: str) -> None:
+def test_recomputing_activations_changes_no_gradient(
+    kind: str, study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
     grads = []
-    one = mask(A, B)
+    one = mask(study_a, study_b)
     for recompute in (False, True):
         decoder = build(kind, recompute=recompute)
         torch.autograd.backward(decoder(encode(one), one).square().mean())
