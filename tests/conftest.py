@@ -7,18 +7,21 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 if TYPE_CHECKING:
     from anycontrast.training.config import Config
     from anycontrast_datasets.batch import PackedBatch
     from anycontrast_datasets.study import StudyArrays
+    from anycontrast_datasets.volume import LoadedVolume
 
 TINY_RUN = """\
 name: tiny
@@ -199,3 +202,76 @@ def study_b(noise_study: "Callable[..., StudyArrays]") -> "StudyArrays":
 def study_c(noise_study: "Callable[..., StudyArrays]") -> "StudyArrays":
     """Two contrasts, one of them unknown."""
     return noise_study("c", ("T2w", "unknown"), grid=(4, 1, 2))
+
+
+@pytest.fixture
+def nifti_affine() -> npt.NDArray[np.float64]:
+    """Of another spacing on every axis, x from right to left."""
+    return np.array([[-1.1, 0, 0, 40], [0, 0.9, 0, -30], [0, 0, 2.5, -20], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture(scope="session")
+def nifti_array() -> Callable[..., npt.NDArray[Any]]:
+    """Make the voxels [9, 8, 7] of `plain_nifti`, in any type."""
+
+    def make(dtype: str = "int16") -> npt.NDArray[Any]:
+        values = np.random.default_rng(7).integers(1, 200, size=(9, 8, 7))
+        return values.astype(dtype)
+
+    return make
+
+
+@pytest.fixture
+def plain_nifti(
+    tmp_path: Path,
+    nifti_array: Callable[..., npt.NDArray[Any]],
+    nifti_affine: npt.NDArray[np.float64],
+) -> Path:
+    """A sound `plain.nii`, to damage."""
+    from anycontrast_datasets.volume import write_volume
+
+    path = tmp_path / "plain.nii"
+    write_volume(path, nifti_array(), nifti_affine)
+    return path
+
+
+@pytest.fixture(scope="session")
+def refusal_code() -> Callable[..., str]:
+    """Read a file that must be refused by its name; returns the reason code."""
+    from anycontrast_datasets.study import VolumeError
+    from anycontrast_datasets.volume import read_volume
+
+    def read(path: Path, **options: int) -> str:
+        with pytest.raises(VolumeError) as caught:
+            read_volume(path, **options)  # type: ignore[arg-type]
+        assert str(path) in str(caught.value)
+        assert caught.value.code != VolumeError.code  # each place names its own reason
+        return caught.value.code
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def patch_bytes() -> Callable[..., Path]:
+    """Overwrite the bytes of a file at an offset, little-endian; returns the file."""
+
+    def patch(path: Path, offset: int, form: str, *values: float) -> Path:
+        content = bytearray(path.read_bytes())
+        struct.pack_into("<" + form, content, offset, *values)
+        path.write_bytes(content)
+        return path
+
+    return patch
+
+
+@pytest.fixture(scope="session")
+def same_volume() -> "Callable[[LoadedVolume, LoadedVolume], bool]":
+    """Equal voxels, and no voxel farther away than sform and qform may differ by rounding."""
+    from anycontrast_datasets.volume import same_grid
+
+    def same(one: "LoadedVolume", two: "LoadedVolume") -> bool:
+        return np.array_equal(one.array, two.array) and same_grid(
+            one.array.shape, one.affine, two.array.shape, two.affine, tolerance_mm=0.04
+        )
+
+    return same

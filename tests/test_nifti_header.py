@@ -8,6 +8,7 @@ believable.
 import gzip
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +21,8 @@ from anycontrast_datasets.volume import (
     LoadedVolume,
     read_header,
     read_volume,
-    same_grid,
     write_volume,
 )
-
-AFFINE = np.array([[-1.1, 0, 0, 40], [0, 0.9, 0, -30], [0, 0, 2.5, -20], [0, 0, 0, 1.0]])
-
-
-def _array(dtype: str = "int16") -> npt.NDArray[Any]:
-    values = np.random.default_rng(7).integers(1, 200, size=(9, 8, 7))
-    return values.astype(dtype)
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Path:
-    path = tmp_path / "plain.nii"
-    write_volume(path, _array(), AFFINE)
-    return path
-
-
-def _refused(path: Path, **options: int) -> str:
-    with pytest.raises(VolumeError) as caught:
-        read_volume(path, **options)  # type: ignore[arg-type]
-    assert str(path) in str(caught.value)
-    assert caught.value.code != VolumeError.code  # each place names its own reason
-    return caught.value.code
-
-
-def _patch(path: Path, offset: int, form: str, *values: float) -> Path:
-    content = bytearray(path.read_bytes())
-    struct.pack_into("<" + form, content, offset, *values)
-    path.write_bytes(content)
-    return path
-
-
-def _same(one: LoadedVolume, two: LoadedVolume) -> bool:
-    """Equal voxels, and no voxel farther away than sform and qform may differ by rounding."""
-    return np.array_equal(one.array, two.array) and same_grid(
-        one.array.shape, one.affine, two.array.shape, two.affine, tolerance_mm=0.04
-    )
 
 
 def _oblique() -> npt.NDArray[np.float64]:
@@ -102,38 +66,54 @@ def _oblique() -> npt.NDArray[np.float64]:
     ],
 )
 def test_false_header_fields_are_refused_with_their_code(
-    plain: Path, offset: int, form: str, values: tuple[float, ...], code: str
+    plain_nifti: Path,
+    offset: int,
+    form: str,
+    values: tuple[float, ...],
+    code: str,
+    refusal_code: Callable[..., str],
 ) -> None:
-    content = bytearray(plain.read_bytes())
+    content = bytearray(plain_nifti.read_bytes())
     struct.pack_into("<" + form, content, offset, *values)
-    plain.write_bytes(content)
+    plain_nifti.write_bytes(content)
     expected = {code, "header_data_mismatch"} if code == "truncated" else {code}
-    assert _refused(plain) in expected
+    assert refusal_code(plain_nifti) in expected
 
 
-def test_axes_in_one_plane_are_refused(plain: Path) -> None:
-    _patch(plain, 280, "12f", 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0)
-    assert _refused(plain) == "singular_affine"
+def test_axes_in_one_plane_are_refused(
+    plain_nifti: Path, refusal_code: Callable[..., str], patch_bytes: Callable[..., Path]
+) -> None:
+    patch_bytes(plain_nifti, 280, "12f", 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0)
+    assert refusal_code(plain_nifti) == "singular_affine"
 
 
 @pytest.mark.parametrize("zoom", [0.0, float("nan"), -0.0])
-def test_zero_zoom_without_orientation_is_refused(plain: Path, zoom: float) -> None:
-    _patch(plain, 252, "2h", 0, 0)
-    _patch(plain, 84, "f", zoom)
-    assert _refused(plain) in ("singular_affine", "nonfinite_affine")
+def test_zero_zoom_without_orientation_is_refused(
+    plain_nifti: Path,
+    zoom: float,
+    refusal_code: Callable[..., str],
+    patch_bytes: Callable[..., Path],
+) -> None:
+    patch_bytes(plain_nifti, 252, "2h", 0, 0)
+    patch_bytes(plain_nifti, 84, "f", zoom)
+    assert refusal_code(plain_nifti) in ("singular_affine", "nonfinite_affine")
 
 
-def test_broken_quaternion_is_refused_where_it_is_needed(plain: Path) -> None:
-    _patch(plain, 256, "3f", 2.0, 2.0, 2.0)
-    assert read_volume(plain).flags == ("geometry_disagreement",)
-    _patch(plain, 254, "h", 0)
-    assert _refused(plain) == "nonfinite_affine"
+def test_broken_quaternion_is_refused_where_it_is_needed(
+    plain_nifti: Path, refusal_code: Callable[..., str], patch_bytes: Callable[..., Path]
+) -> None:
+    patch_bytes(plain_nifti, 256, "3f", 2.0, 2.0, 2.0)
+    assert read_volume(plain_nifti).flags == ("geometry_disagreement",)
+    patch_bytes(plain_nifti, 254, "h", 0)
+    assert refusal_code(plain_nifti) == "nonfinite_affine"
 
 
-def test_sform_and_qform_that_differ_are_flagged(plain: Path) -> None:
-    _patch(plain, 292, "f", 41.0)
-    assert "geometry_disagreement" in read_header(plain).flags
-    assert "geometry_disagreement" in read_volume(plain).flags
+def test_sform_and_qform_that_differ_are_flagged(
+    plain_nifti: Path, patch_bytes: Callable[..., Path]
+) -> None:
+    patch_bytes(plain_nifti, 292, "f", 41.0)
+    assert "geometry_disagreement" in read_header(plain_nifti).flags
+    assert "geometry_disagreement" in read_volume(plain_nifti).flags
 
 
 # datatype, bitpix; scl_slope, scl_inter
@@ -152,10 +132,15 @@ def _mutate(header: bytes, rng: np.random.Generator) -> tuple[bytes, set[int]]:
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_300_mutated_headers_are_refused_harmless_or_flagged(tmp_path: Path, suffix: str) -> None:
+def test_300_mutated_headers_are_refused_harmless_or_flagged(
+    tmp_path: Path,
+    suffix: str,
+    same_volume: Callable[[LoadedVolume, LoadedVolume], bool],
+    nifti_array: Callable[..., npt.NDArray[Any]],
+) -> None:
     path = tmp_path / f"v{suffix}"
     plain = tmp_path / "original.nii"
-    write_volume(plain, _array("float32") - 20, _oblique())
+    write_volume(plain, nifti_array("float32") - 20, _oblique())
     original, content = read_volume(plain), plain.read_bytes()
     rng = np.random.default_rng(20)
     outcomes = {"refused": 0, "harmless": 0, "flagged": 0}
@@ -171,7 +156,7 @@ def test_300_mutated_headers_are_refused_harmless_or_flagged(tmp_path: Path, suf
             assert error.code != VolumeError.code
             outcomes["refused"] += 1
             continue
-        if _same(loaded, original):
+        if same_volume(loaded, original):
             outcomes["harmless"] += 1
             continue
         assert loaded.flags, f"bytes {sorted(places)} changed the result unflagged"

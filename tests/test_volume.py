@@ -3,8 +3,8 @@
 import gzip
 import itertools
 import os
-import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,41 +30,16 @@ AFFINE = np.array([[-1.1, 0, 0, 40], [0, 0.9, 0, -30], [0, 0, 2.5, -20], [0, 0, 
 nib: Any = nibabel
 
 
-def _array(dtype: str = "int16") -> npt.NDArray[Any]:
-    values = np.random.default_rng(7).integers(1, 200, size=(9, 8, 7))
-    return values.astype(dtype)
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Path:
-    path = tmp_path / "plain.nii"
-    write_volume(path, _array(), AFFINE)
-    return path
-
-
-def _refused(path: Path, **options: int) -> str:
-    with pytest.raises(VolumeError) as caught:
-        read_volume(path, **options)  # type: ignore[arg-type]
-    assert str(path) in str(caught.value)
-    assert caught.value.code != VolumeError.code  # each place names its own reason
-    return caught.value.code
-
-
-def _patch(path: Path, offset: int, form: str, *values: float) -> Path:
-    content = bytearray(path.read_bytes())
-    struct.pack_into("<" + form, content, offset, *values)
-    path.write_bytes(content)
-    return path
-
-
 # Round trips
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("dtype", ["float32", "int16", "uint8"])
-def test_written_volume_comes_back(tmp_path: Path, suffix: str, dtype: str) -> None:
+def test_written_volume_comes_back(
+    tmp_path: Path, suffix: str, dtype: str, nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
     path = tmp_path / f"volume{suffix}"
-    array = _array(dtype)
+    array = nifti_array(dtype)
     write_volume(path, array, AFFINE)
     header, loaded = read_header(path), read_volume(path)
     assert np.dtype(header.dtype) == np.dtype(dtype)
@@ -87,9 +62,11 @@ def _signed_permutations() -> list[npt.NDArray[np.float64]]:
     return matrices
 
 
-def test_all_48_orientations_reach_ras_and_go_back(tmp_path: Path) -> None:
+def test_all_48_orientations_reach_ras_and_go_back(
+    tmp_path: Path, nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
     assert len(_signed_permutations()) == 48
-    stored = _array("float32")
+    stored = nifti_array("float32")
     for number, matrix in enumerate(_signed_permutations()):
         affine = np.eye(4)
         affine[:3, :3] = matrix @ np.diag([0.8, 1.0, 3.0])
@@ -114,9 +91,11 @@ def _oblique() -> npt.NDArray[np.float64]:
     return affine
 
 
-def test_oblique_volume_keeps_its_place_in_the_scanner(tmp_path: Path) -> None:
+def test_oblique_volume_keeps_its_place_in_the_scanner(
+    tmp_path: Path, nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
     path = tmp_path / "oblique.nii.gz"
-    stored = _array("float32")
+    stored = nifti_array("float32")
     write_volume(path, stored, _oblique())
     loaded = read_volume(path)
     assert loaded.flags == ()
@@ -130,67 +109,79 @@ def test_oblique_volume_keeps_its_place_in_the_scanner(tmp_path: Path) -> None:
     assert np.array_equal(to_source_grid(label, loaded), (stored > 100).astype(np.uint8))
 
 
-def test_sheared_affine_is_kept_by_the_writer(tmp_path: Path) -> None:
+def test_sheared_affine_is_kept_by_the_writer(
+    tmp_path: Path, nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
     affine = AFFINE.copy()
     affine[0, 1] = 0.2
     path = tmp_path / "sheared.nii"
-    write_volume(path, _array(), affine)
+    write_volume(path, nifti_array(), affine)
     assert np.allclose(read_volume(path).source_affine, affine, atol=1e-5)
 
 
-def test_to_source_grid_refuses_another_shape(plain: Path) -> None:
+def test_to_source_grid_refuses_another_shape(plain_nifti: Path) -> None:
     with pytest.raises(ValueError, match="must have shape"):
-        to_source_grid(np.zeros((2, 2, 2), dtype=np.uint8), read_volume(plain))
+        to_source_grid(np.zeros((2, 2, 2), dtype=np.uint8), read_volume(plain_nifti))
 
 
 @pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image"])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_foreign_files_of_both_versions_and_byte_orders(
-    tmp_path: Path, kind: str, order: str
+    tmp_path: Path, kind: str, order: str, nifti_array: Callable[..., npt.NDArray[Any]]
 ) -> None:
     path = tmp_path / "foreign.nii.gz"
     image_class = getattr(nib, kind)
     header = image_class.header_class(endianness=order)
     header.set_data_dtype(np.dtype(order + "u2"))
-    image = image_class(_array("uint16").reshape(9, 8, 7, 1, 1), AFFINE, header)
+    image = image_class(nifti_array("uint16").reshape(9, 8, 7, 1, 1), AFFINE, header)
     image.header["descrip"] = b"Jane Doe"
     image.to_filename(path)
     assert read_volume(path).source_shape == (9, 8, 7)
-    assert np.array_equal(read_volume(path).array[::-1], _array("float32"))
+    assert np.array_equal(read_volume(path).array[::-1], nifti_array("float32"))
 
 
-def test_integers_are_scaled_by_the_header(plain: Path) -> None:
-    _patch(plain, 112, "2f", 0.5, -10.0)
-    loaded = read_volume(plain)
-    assert np.array_equal(loaded.array[::-1], _array("float32") * 0.5 - 10.0)
+def test_integers_are_scaled_by_the_header(
+    plain_nifti: Path,
+    patch_bytes: Callable[..., Path],
+    nifti_array: Callable[..., npt.NDArray[Any]],
+) -> None:
+    patch_bytes(plain_nifti, 112, "2f", 0.5, -10.0)
+    loaded = read_volume(plain_nifti)
+    assert np.array_equal(loaded.array[::-1], nifti_array("float32") * 0.5 - 10.0)
     assert loaded.flags == ("header_scaling",)
 
 
-def test_qform_alone_and_pixdim_alone_place_the_volume_as_nibabel_does(plain: Path) -> None:
-    _patch(plain, 254, "h", 0)
-    assert np.allclose(read_volume(plain).source_affine, AFFINE, atol=1e-4)
-    _patch(plain, 252, "h", 0)
-    loaded = read_volume(plain)
-    assert np.allclose(loaded.source_affine, nib.load(plain).affine)
+def test_qform_alone_and_pixdim_alone_place_the_volume_as_nibabel_does(
+    plain_nifti: Path, patch_bytes: Callable[..., Path]
+) -> None:
+    patch_bytes(plain_nifti, 254, "h", 0)
+    assert np.allclose(read_volume(plain_nifti).source_affine, AFFINE, atol=1e-4)
+    patch_bytes(plain_nifti, 252, "h", 0)
+    loaded = read_volume(plain_nifti)
+    assert np.allclose(loaded.source_affine, nib.load(plain_nifti).affine)
     assert loaded.flags == ("orientation_unknown",)
 
 
 # The writer
 
 
-def test_writer_is_deterministic_and_leaves_no_text_and_no_partial_file(tmp_path: Path) -> None:
+def test_writer_is_deterministic_and_leaves_no_text_and_no_partial_file(
+    tmp_path: Path, nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
     one, two = tmp_path / "one.nii.gz", tmp_path / "two.nii.gz"
-    write_volume(one, _array(), AFFINE)
+    write_volume(one, nifti_array(), AFFINE)
     time.sleep(0.01)
-    write_volume(two, np.asfortranarray(_array()), AFFINE)
+    write_volume(two, np.asfortranarray(nifti_array()), AFFINE)
     assert sha256_file(one) == sha256_file(two)
     assert gzip.decompress(one.read_bytes())[148:252] == bytes(104)  # descrip and aux_file
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.nii.gz", "two.nii.gz"]
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
     path = tmp_path / "volume.nii"
-    write_volume(path, _array(), AFFINE)
+    write_volume(path, nifti_array(), AFFINE)
     before = sha256_file(path)
 
     def fail(_: int) -> None:
@@ -198,7 +189,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_volume(path, _array("uint8"), AFFINE)
+        write_volume(path, nifti_array("uint8"), AFFINE)
     assert sha256_file(path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["volume.nii"]
 
@@ -225,8 +216,10 @@ def test_writer_refuses_what_the_reader_would(
 # Voxels
 
 
-def test_nan_voxels_are_counted(tmp_path: Path) -> None:
-    array = _array("float32")
+def test_nan_voxels_are_counted(
+    tmp_path: Path, nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
+    array = nifti_array("float32")
     array[2, 3, :] = np.nan
     array[0, 0, 0] = np.inf
     path = tmp_path / "nan.nii"
@@ -236,20 +229,26 @@ def test_nan_voxels_are_counted(tmp_path: Path) -> None:
     assert caught.value.code == "nonfinite_voxels"
 
 
-def test_float64_beyond_float32_is_refused(tmp_path: Path) -> None:
-    array = _array("float64") * 1e300
+def test_float64_beyond_float32_is_refused(
+    tmp_path: Path, refusal_code: Callable[..., str], nifti_array: Callable[..., npt.NDArray[Any]]
+) -> None:
+    array = nifti_array("float64") * 1e300
     nib.Nifti1Image(array, AFFINE).to_filename(tmp_path / "far.nii")
-    assert _refused(tmp_path / "far.nii") == "nonfinite_voxels"
+    assert refusal_code(tmp_path / "far.nii") == "nonfinite_voxels"
 
 
-def test_constant_volume_is_refused_unless_it_is_a_label(tmp_path: Path) -> None:
+def test_constant_volume_is_refused_unless_it_is_a_label(
+    tmp_path: Path, refusal_code: Callable[..., str]
+) -> None:
     path = tmp_path / "empty_label.nii.gz"
     write_volume(path, np.zeros((4, 4, 4), np.uint8), AFFINE)
-    assert _refused(path) == "constant_volume"
+    assert refusal_code(path) == "constant_volume"
     assert not read_volume(path, allow_constant=True).array.any()
 
 
-def test_rgb_complex_and_4d_have_headers_but_are_no_volumes(tmp_path: Path) -> None:
+def test_rgb_complex_and_4d_have_headers_but_are_no_volumes(
+    tmp_path: Path, refusal_code: Callable[..., str]
+) -> None:
     rgb = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     pictures = {
         "rgb_voxels": rgb,
@@ -259,7 +258,7 @@ def test_rgb_complex_and_4d_have_headers_but_are_no_volumes(tmp_path: Path) -> N
     for code, array in pictures.items():
         path = tmp_path / f"{code}.nii.gz"
         nib.Nifti1Image(array, AFFINE).to_filename(path)
-        assert _refused(path) == code
+        assert refusal_code(path) == code
         header = read_header(path)
         assert (header.is_rgb, header.is_complex, header.ndim == 4) == (
             code == "rgb_voxels",
@@ -267,7 +266,7 @@ def test_rgb_complex_and_4d_have_headers_but_are_no_volumes(tmp_path: Path) -> N
             code == "not_3d",
         )
     nib.Nifti1Image(np.ones((4, 4), np.int16), AFFINE).to_filename(tmp_path / "flat.nii")
-    assert _refused(tmp_path / "flat.nii") == "not_3d"
+    assert refusal_code(tmp_path / "flat.nii") == "not_3d"
 
 
 # Comparing grids
