@@ -31,6 +31,7 @@ from anycontrast.training.checkpoint import (
 )
 from anycontrast.training.rng import read_rng, write_rng
 from anycontrast.training.run_lock import RunLock
+from anycontrast_datasets.files import sync_path
 
 ROOT = Path(__file__).parents[1]
 FILES = (
@@ -174,7 +175,7 @@ def test_the_manifest_is_durable_before_the_name_and_the_name_before_pruning(
 ) -> None:
     write(tmp_path, 1)
     events: list[str] = []
-    fsync, rename = checkpoint._fsync, Path.rename
+    fsync, rename = sync_path, Path.rename
 
     def log_fsync(path: Path) -> None:
         events.append(f"fsync {path.name.partition('.tmp')[0]}")
@@ -184,7 +185,7 @@ def test_the_manifest_is_durable_before_the_name_and_the_name_before_pruning(
         events.append(f"rename {Path(target).name.partition('.removed')[0]}")
         return rename(self, target)
 
-    monkeypatch.setattr(checkpoint, "_fsync", log_fsync)
+    monkeypatch.setattr(checkpoint, "sync_path", log_fsync)
     monkeypatch.setattr(Path, "rename", log_rename)
     write(tmp_path, 2, keep_last=1)
     order = [

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.ledger import (
     DEFAULT_REMEDY,
     REMEDIES,
     Refusal,
     read_ledger,
     refuse,
-    write_atomically,
     write_ledger,
 )
 from anycontrast_datasets.study import ManifestError

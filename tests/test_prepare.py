@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.intensity import encode, foreground_mask, unpack_occupancy
 from anycontrast_datasets.prepare import PrepareConfig, prepare_study, prepare_volumes
 from anycontrast_datasets.study import Label, Study, StudyArrays, StudyError, Volume
-from anycontrast_datasets.volume import LoadedVolume, read_volume, sha256_file, write_volume
+from anycontrast_datasets.volume import LoadedVolume, read_volume, write_volume
 
 Triple = tuple[int, int, int]
 REAL = Path(__file__).parents[2] / "shared" / "real_mri"

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.ledger import read_ledger
 from anycontrast_datasets.manifest import manifest_fingerprint, write_locations, write_manifest
 from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.shard import ShardConfig, run_shard
 from anycontrast_datasets.store.reader import open_store
 from anycontrast_datasets.study import Affine, Label, ManifestError, ShardError, Study, Volume
-from anycontrast_datasets.volume import sha256_file, write_volume
+from anycontrast_datasets.volume import write_volume
 
 CONTRASTS = (("T1w", "FLAIR"), ("T1w",), ("T2w", "ADC", "FLAIR"), ("T1wCE", "T2starw"), ("FLAIR",))
 PREPARE = PrepareConfig(spacing_mm=(2.0, 2.0, 2.0), box_multiple_vox=8)

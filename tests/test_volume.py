@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.study import VolumeError
 from anycontrast_datasets.volume import (
     read_header,
     read_volume,
     same_grid,
-    sha256_file,
     to_source_grid,
     write_volume,
 )

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.intensity import pack_occupancy
 from anycontrast_datasets.record_json import record_to_json
 from anycontrast_datasets.shard_commit import commit_dataset
 from anycontrast_datasets.shard_task import ShardReceipt
 from anycontrast_datasets.store.codec import checksum, decode_into, encode
 from anycontrast_datasets.store.reader import open_store
-from anycontrast_datasets.store.volume_index import MemberRow, file_sha256, index_bytes
+from anycontrast_datasets.store.volume_index import MemberRow, index_bytes
 from anycontrast_datasets.store.volume_store import VolumeStore
 from anycontrast_datasets.store.volume_writer import ShardWriter
 from anycontrast_datasets.study import (
@@ -112,7 +113,7 @@ def write_store(
             for n in group:
                 writer.add(arrays_of(n))
             sha256 = writer.commit()
-        assert sha256 == file_sha256(path)
+        assert sha256 == sha256_file(path)
         receipts.append(
             ShardReceipt(
                 shard=path.name,

@@ -6,11 +6,11 @@ formula. It names source files, so it lies in the private folder of a manifest a
 
 import csv
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.study import ManifestError
 
 REMEDIES: dict[str, str] = {
@@ -109,20 +109,6 @@ def read_ledger(path: Path) -> list[Refusal]:
             f"reading the ledger {path}: columns must be {columns}, found {rows[:1]}; scan again"
         )
     return [Refusal(*(_unescape(cell) for cell in row)) for row in rows[1:]]
-
-
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write `data` beside `path`, sync it, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _escape(cell: str) -> str:

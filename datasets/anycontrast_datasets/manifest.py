@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anycontrast_datasets.contrast import ContrastDescriptor
-from anycontrast_datasets.ledger import write_atomically
+from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.pseudonym import STUDY_ID
 from anycontrast_datasets.study import Affine, Label, ManifestError, Study, Volume
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anycontrast_datasets.contrast import contrast_id
+from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.intensity import (
     BLOCK_VOX,
     CodedVolume,
@@ -38,7 +39,7 @@ from anycontrast_datasets.study import (
     Volume,
     VolumeRecord,
 )
-from anycontrast_datasets.volume import LoadedVolume, read_volume, sha256_file
+from anycontrast_datasets.volume import LoadedVolume, read_volume
 
 logger = logging.getLogger(__name__)
 

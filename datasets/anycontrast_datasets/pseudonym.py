@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from anycontrast_datasets.ledger import write_atomically
+from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.study import SPLITS, ManifestError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from anycontrast_datasets.contrast import contrast_id
-from anycontrast_datasets.ledger import Refusal, write_atomically, write_ledger
+from anycontrast_datasets.files import write_atomically
+from anycontrast_datasets.ledger import Refusal, write_ledger
 from anycontrast_datasets.manifest import (
     LABEL_KEY,
     MANIFEST_NAME,

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 REJECTS_NAME = "rejects.csv"
 LOCK_NAME = ".lock"
-OWN_FILES = re.compile(r"\.?shard-\d{6,}\.(tar|json)(\.tmp-\d+)?")
+OWN_FILES = re.compile(r"\.?shard-\d{6,}\.(tar|json)(\.tmp-[0-9a-f]+)?")
 MAX_RETRIES = 3
 
 OnProgress = Callable[[int, int], None]

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anycontrast_datasets.files import write_durably
 from anycontrast_datasets.shard_task import ShardReceipt
 from anycontrast_datasets.store.volume_index import (
     DATASET_NAME,
@@ -23,7 +24,6 @@ from anycontrast_datasets.store.volume_index import (
     MemberRow,
     index_bytes,
     sha256_json,
-    write_durably,
 )
 from anycontrast_datasets.study import ShardError, Study
 

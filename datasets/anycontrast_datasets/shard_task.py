@@ -15,16 +15,15 @@ from pathlib import Path
 
 import torch
 
+from anycontrast_datasets.files import sha256_file, write_durably
 from anycontrast_datasets.prepare import PrepareConfig, prepare_study
 from anycontrast_datasets.store.codec import CodecName
 from anycontrast_datasets.store.volume_index import (
     DATASET_NAME,
     SCHEMA_VERSION,
     MemberRow,
-    file_sha256,
     member_from_dict,
     member_to_dict,
-    write_durably,
 )
 from anycontrast_datasets.store.volume_writer import ShardWriter
 from anycontrast_datasets.study import Study, StudyError
@@ -153,7 +152,7 @@ def _finished(task: ShardTask) -> ShardReceipt | None:
     if receipt.sha256:
         if not task.path.is_file() or task.path.stat().st_size != receipt.bytes:
             return None
-        if file_sha256(task.path) != receipt.sha256:
+        if sha256_file(task.path) != receipt.sha256:
             logger.warning("%s is damaged: writing it again", task.path.name)
             return None
     was_refused = {refusal.study_id for refusal in receipt.refused}

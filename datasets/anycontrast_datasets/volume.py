@@ -12,9 +12,6 @@ Source: reference/reliability.md, findings 3 and 4, S4; orientation arithmetic b
 """
 
 import gzip
-import hashlib
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.nifti_file import open_stream, read_stream_header, read_stream_voxels
 from anycontrast_datasets.nifti_header import (
     VolumeHeader,
@@ -39,7 +37,6 @@ __all__ = [
     "read_header",
     "read_volume",
     "same_grid",
-    "sha256_file",
     "to_source_grid",
     "write_volume",
 ]
@@ -71,12 +68,6 @@ class LoadedVolume:
     """Along the axes of `array`."""
     flags: tuple[str, ...] = ()
     """Those of the header, and `intensity_range_suspect`."""
-
-
-def sha256_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes as they lie on disk."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_header(path: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> VolumeHeader:
@@ -254,7 +245,7 @@ def write_volume(path: Path, array: npt.NDArray[np.generic], affine: npt.ArrayLi
     content = header.binaryblock + b"\0\0\0\0" + data
     if path.name.lower().endswith(".gz"):
         content = gzip.compress(content, compresslevel=4, mtime=0)
-    _replace(path, content)
+    write_atomically(path, content)
 
 
 def _check_writable(
@@ -278,15 +269,3 @@ def _check_writable(
             code="nonfinite_voxels",
         )
     check_affine(matrix, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,12 +15,13 @@ import numpy as np
 
 from anycontrast_datasets.appearance import check_appearance
 from anycontrast_datasets.contrast import UNKNOWN, ContrastDescriptor
+from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.ledger import Refusal, refuse
 from anycontrast_datasets.manifest import affine_rows
 from anycontrast_datasets.sources.claims import FileClaim, SourceOptions
 from anycontrast_datasets.sources.listing import refuse_format, stem
 from anycontrast_datasets.study import Label, Volume, VolumeError
-from anycontrast_datasets.volume import LoadedVolume, read_volume, same_grid, sha256_file
+from anycontrast_datasets.volume import LoadedVolume, read_volume, same_grid
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ made of what (fingerprints, counts, configuration, refusals) and names no path a
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anycontrast_datasets.ledger import write_atomically
 from anycontrast_datasets.study import ShardError
 
 SCHEMA_VERSION = 1
@@ -134,27 +132,6 @@ def read_index(root: Path, sha256: str) -> pa.Table:
             f"{found[:16]}; {AGAIN}"
         )
     return pq.read_table(io.BytesIO(content)).combine_chunks()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and make its name durable too."""
-    write_atomically(path, content)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    """Return sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(values: object) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.record_json import record_from_json
 from anycontrast_datasets.store.codec import checksum, decode_into
 from anycontrast_datasets.store.volume_index import (
@@ -27,7 +28,6 @@ from anycontrast_datasets.store.volume_index import (
     LABEL_MEMBER,
     RECORD_MEMBER,
     MemberRow,
-    file_sha256,
     member_from_dict,
     read_dataset,
     read_index,
@@ -112,7 +112,7 @@ class VolumeStore:
         for shard in self.dataset["shards"]:
             problem = self._size_problem(shard["name"], shard["bytes"])
             if not problem:
-                found = file_sha256(self.root / shard["name"])
+                found = sha256_file(self.root / shard["name"])
                 if found != shard["sha256"]:
                     problem = (
                         f"shard {shard['name']}: must have sha256 {shard['sha256'][:16]}, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from anycontrast_datasets.files import sync_path
 from anycontrast_datasets.record_json import record_to_json
 from anycontrast_datasets.store.codec import CodecName, Codes, checksum, encode
 from anycontrast_datasets.store.volume_index import (
@@ -19,7 +20,6 @@ from anycontrast_datasets.store.volume_index import (
     LABEL_MEMBER,
     RECORD_MEMBER,
     MemberRow,
-    sync_folder,
 )
 from anycontrast_datasets.study import ShardError, StudyArrays
 
@@ -90,7 +90,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.replace(self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
         return self._digest.hexdigest()
 
     def _add_voxels(self, key: str, contrast: str, member: str, voxels: Codes) -> None:

@@ -4,7 +4,6 @@ A release is a folder with a closed list of files and `manifest.json`, which hol
 sha256 of each. Nothing else may lie in it: no code, no pickle.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -12,23 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from anycontrast.release.errors import ReleaseError, ReleaseNotFoundError
+from anycontrast_datasets.files import sha256_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _NAMES = ("config.json", "model.safetensors", "README.md", "LICENSE", "eval.json")
 ALLOWED = re.compile("|".join(re.escape(name) for name in _NAMES))
 """Every file name a release may hold beside its manifest."""
-
-_CHUNK_BYTES = 1 << 20
-
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_synced(path: Path, data: bytes) -> None:

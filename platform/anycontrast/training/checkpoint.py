@@ -16,7 +16,6 @@ on from the same folder.
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from anycontrast.training.engine import Engine
 from anycontrast.training.process_group import from_rank_0, gather_objects, rank, world_size
 from anycontrast.training.rng import read_rng, write_rng
+from anycontrast_datasets.files import sha256_file, sync_path
 
 logger = logging.getLogger(__name__)
 
@@ -270,8 +270,8 @@ def _write_own(
         save_file(_separate(weights), written[2])
         written[3].write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
     for path in written:
-        _fsync(path)
-    return [(str(p.relative_to(temporary)), p.stat().st_size, _sha256(p)) for p in written]
+        sync_path(path)
+    return [(str(p.relative_to(temporary)), p.stat().st_size, sha256_file(p)) for p in written]
 
 
 def _separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,9 +286,9 @@ def _commit(temporary: Path, final: Path, entries: list[Entry]) -> None:
     content = {"files": files, "sha256": _digest(files)}
     manifest.write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (manifest, temporary / "engine", temporary):
-        _fsync(path)
+        sync_path(path)
     temporary.rename(final)
-    _fsync(final.parent)
+    sync_path(final.parent)
 
 
 def _verified(path: Path) -> CheckpointInfo:
@@ -318,7 +318,7 @@ def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
         problem = "is missing"
     elif path.stat().st_size != expected["bytes"]:
         problem = f"has {path.stat().st_size} bytes, {expected['bytes']} were written"
-    elif _sha256(path) != expected["sha256"]:
+    elif sha256_file(path) != expected["sha256"]:
         problem = "is not what was written (sha256 differs)"
     else:
         return
@@ -346,16 +346,3 @@ def _remove(path: Path) -> None:
 def _digest(files: Mapping[str, Any]) -> str:
     """The manifest's own checksum."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
