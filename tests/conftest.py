@@ -204,6 +204,54 @@ def study_c(noise_study: "Callable[..., StudyArrays]") -> "StudyArrays":
     return noise_study("c", ("T2w", "unknown"), grid=(4, 1, 2))
 
 
+@pytest.fixture(scope="session")
+def study_of() -> "Callable[..., StudyArrays]":
+    """Make a prepared study of given codes, one array per contrast, with plain records."""
+    from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+
+    def make(
+        codes: dict[str, npt.NDArray[np.int16]],
+        study_id: str = "study",
+        *,
+        split: str = "train",
+        spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        step_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        label: npt.NDArray[np.uint8] | None = None,
+    ) -> StudyArrays:
+        shape = next(iter(codes.values())).shape
+        volumes = tuple(
+            VolumeRecord(
+                contrast=contrast,
+                scale=1.0,
+                offset=0.0,
+                p0_5=0.0,
+                p99_5=4095.0,
+                mean=2000.0,
+                std=1000.0,
+                num_foreground=int(np.prod(shape)),
+                occupancy="",
+                source_spacing_mm=(1.0, 1.0, 1.0),
+            )
+            for contrast in codes
+        )
+        x, y, z = step_mm
+        record = StudyRecord(
+            study_id=study_id,
+            dataset="test",
+            subject_id="s",
+            session_id="1",
+            split=split,
+            shape=shape,
+            spacing_mm=spacing_mm,
+            affine=((x, 0, 0, 0), (0, y, 0, 0), (0, 0, z, 0), (0, 0, 0, 1)),
+            volumes=volumes,
+            has_label=label is not None,
+        )
+        return StudyArrays(record=record, codes=codes, label=label)
+
+    return make
+
+
 @pytest.fixture
 def nifti_affine() -> npt.NDArray[np.float64]:
     """Of another spacing on every axis, x from right to left."""

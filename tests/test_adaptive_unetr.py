@@ -1,7 +1,7 @@
 """Adaptive UNETR: any contrasts in any order, alone or packed, any power-of-two patch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,49 +20,28 @@ from anycontrast.models.segmenter import (
 )
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import StudyArrays
 
 Triple = tuple[int, int, int]
 ALL = ("T1w", "T2w", "FLAIR", "DWI")
 
 
-def make_study(
-    study_id: str, contrasts: Sequence[str], shape: Triple = (16, 16, 8), *, seed: int = 0
-) -> StudyArrays:
-    codes, volumes = {}, []
-    for contrast in contrasts:
-        # One stream per contrast: a contrast looks the same whatever it is listed with.
-        rng = np.random.default_rng([seed, *contrast.encode()])
-        codes[contrast] = rng.integers(1, 4096, size=shape, dtype=np.int16)
-        volumes.append(
-            VolumeRecord(
-                contrast=contrast,
-                scale=1.0,
-                offset=0.0,
-                p0_5=0.0,
-                p99_5=4095.0,
-                mean=2000.0,
-                std=1000.0,
-                num_foreground=int(np.prod(shape)),
-                occupancy="",
-                source_spacing_mm=(1.0, 1.0, 1.0),
-            )
-        )
-    record = StudyRecord(
-        study_id=study_id,
-        dataset="test",
-        subject_id="s",
-        session_id="1",
-        split="train",
-        shape=shape,
-        spacing_mm=(1.0, 1.0, 2.0),
-        affine=((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 2, 0), (0, 0, 0, 1)),
-        volumes=tuple(volumes),
-        has_label=True,
-    )
-    label = np.zeros(shape, dtype=np.uint8)
-    label[4:8, 4:8, 2:6] = 1
-    return StudyArrays(record=record, codes=codes, label=label)
+@pytest.fixture
+def make_study(study_of: Callable[..., StudyArrays]) -> Callable[..., StudyArrays]:
+    def make(
+        study_id: str, contrasts: Sequence[str], shape: Triple = (16, 16, 8), *, seed: int = 0
+    ) -> StudyArrays:
+        codes = {}
+        for contrast in contrasts:
+            # One stream per contrast: a contrast looks the same whatever it is listed with.
+            rng = np.random.default_rng([seed, *contrast.encode()])
+            codes[contrast] = rng.integers(1, 4096, size=shape, dtype=np.int16)
+        label = np.zeros(shape, dtype=np.uint8)
+        label[4:8, 4:8, 2:6] = 1
+        spacing_mm = (1.0, 1.0, 2.0)
+        return study_of(codes, study_id, spacing_mm=spacing_mm, step_mm=spacing_mm, label=label)
+
+    return make
 
 
 def tiny_model(patch_vox: Triple = (8, 8, 8), *, depth: int = 2) -> AMAEConfig:
@@ -87,7 +66,7 @@ def pack(*studies: StudyArrays, patch_vox: Triple = (8, 8, 8)) -> PackedBatch:
     )
 
 
-def test_the_order_of_contrasts_changes_nothing() -> None:
+def test_the_order_of_contrasts_changes_nothing(make_study: Callable[..., StudyArrays]) -> None:
     model = tiny_segmenter()
     study = make_study("a", ALL)
     order = (2, 0, 3, 1)
@@ -100,7 +79,7 @@ def test_the_order_of_contrasts_changes_nothing() -> None:
     assert first.std() > 0.01
 
 
-def test_which_contrast_a_volume_is_does_matter() -> None:
+def test_which_contrast_a_volume_is_does_matter(make_study: Callable[..., StudyArrays]) -> None:
     model = tiny_segmenter()
     study = make_study("a", ("T1w",))
     renamed = replace(
@@ -112,7 +91,9 @@ def test_which_contrast_a_volume_is_does_matter() -> None:
         assert not torch.allclose(model(pack(study)), model(pack(renamed)), atol=1e-4)
 
 
-def test_studies_with_one_to_four_contrasts_in_one_batch_equal_themselves_alone() -> None:
+def test_studies_with_one_to_four_contrasts_in_one_batch_equal_themselves_alone(
+    make_study: Callable[..., StudyArrays],
+) -> None:
     model = tiny_segmenter()
     studies = [make_study(f"s{n}", ALL[:n], seed=n) for n in (1, 2, 3, 4)]
     with torch.no_grad():
@@ -132,7 +113,9 @@ def test_studies_with_one_to_four_contrasts_in_one_batch_equal_themselves_alone(
     ],
     ids=str,
 )
-def test_logits_have_the_shape_of_the_window(patch_vox: Triple, window_vox: Triple) -> None:
+def test_logits_have_the_shape_of_the_window(
+    patch_vox: Triple, window_vox: Triple, make_study: Callable[..., StudyArrays]
+) -> None:
     model = tiny_segmenter(window_vox, patch_vox)
     study = make_study("a", ("T1w", "ADC"), window_vox)
     with torch.no_grad():
@@ -142,7 +125,7 @@ def test_logits_have_the_shape_of_the_window(patch_vox: Triple, window_vox: Trip
     assert torch.isfinite(logits).all()
 
 
-def test_the_head_sees_where_things_are() -> None:
+def test_the_head_sees_where_things_are(make_study: Callable[..., StudyArrays]) -> None:
     # A change of one voxel's code far from a corner must change the logits most near that voxel.
     model = tiny_segmenter((32, 16, 8))
     study = make_study("a", ("T1w",), (32, 16, 8))
@@ -154,7 +137,7 @@ def test_the_head_sees_where_things_are() -> None:
     assert np.abs(np.subtract(where, (26, 3, 5))).max() <= 2
 
 
-def test_gradient_reaches_every_part() -> None:
+def test_gradient_reaches_every_part(make_study: Callable[..., StudyArrays]) -> None:
     model = tiny_segmenter().train()
     # Three levels tap two blocks of the encoder; the last block feeds its norm.
     batch = pack(make_study("a", ALL[:2]), make_study("b", ALL[2:]))
@@ -193,7 +176,7 @@ def test_a_missing_or_reshaped_encoder_tensor_is_refused_and_nothing_is_loaded()
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 
-def test_batches_the_head_cannot_take_are_refused() -> None:
+def test_batches_the_head_cannot_take_are_refused(make_study: Callable[..., StudyArrays]) -> None:
     model = tiny_segmenter()
     study = make_study("a", ("T1w",))
     study.codes["T1w"][:8] = 0
@@ -246,7 +229,7 @@ def test_regions_are_unions_of_label_values() -> None:
     assert channels[0, :, 0, 0].tolist() == [[0, 1, 1, 1], [0, 1, 0, 1]]
 
 
-def test_background_patches_are_no_tokens() -> None:
+def test_background_patches_are_no_tokens(make_study: Callable[..., StudyArrays]) -> None:
     """Pretraining has no background tokens, so the encoder must not meet any in a finetune."""
     torch.manual_seed(0)
     study = make_study("a", ALL[:2], (16, 16, 16))
@@ -267,7 +250,9 @@ def test_background_patches_are_no_tokens() -> None:
     assert bool(torch.isfinite(logits).all())
 
 
-def test_a_window_of_nothing_but_background_is_predicted_too() -> None:
+def test_a_window_of_nothing_but_background_is_predicted_too(
+    make_study: Callable[..., StudyArrays],
+) -> None:
     study = make_study("a", ALL[:1], (16, 16, 16))
     study.codes[ALL[0]][:] = 0
     batch = pack_studies([study], (8, 8, 8), epochs=[0], drop_empty=False)

@@ -22,44 +22,22 @@ from anycontrast.models.unetr import dense_volumes
 from anycontrast_datasets.augment import augment_study
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import StudyArrays, StudyError
 
 Triple = tuple[int, int, int]
 PATCH: Triple = (4, 4, 4)
 WINDOW: Triple = (8, 8, 4)
 
 
-def make_study(shape: Triple, contrasts: Sequence[str] = ("T1w", "FLAIR")) -> StudyArrays:
-    rng = np.random.default_rng(0)
-    volumes = tuple(
-        VolumeRecord(
-            contrast=contrast,
-            scale=1.0,
-            offset=0.0,
-            p0_5=0.0,
-            p99_5=4095.0,
-            mean=2000.0,
-            std=1000.0,
-            num_foreground=int(np.prod(shape)),
-            occupancy="",
-            source_spacing_mm=(1.0, 1.0, 1.0),
-        )
-        for contrast in contrasts
-    )
-    record = StudyRecord(
-        study_id="study",
-        dataset="test",
-        subject_id="s",
-        session_id="1",
-        split="test",
-        shape=shape,
-        spacing_mm=(1.0, 1.5, 2.0),
-        affine=((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)),
-        volumes=volumes,
-        has_label=True,
-    )
-    codes = {c: rng.integers(1, 4096, size=shape, dtype=np.int16) for c in contrasts}
-    return StudyArrays(record=record, codes=codes, label=np.zeros(shape, dtype=np.uint8))
+@pytest.fixture
+def make_study(study_of: Callable[..., StudyArrays]) -> Callable[..., StudyArrays]:
+    def make(shape: Triple, contrasts: Sequence[str] = ("T1w", "FLAIR")) -> StudyArrays:
+        rng = np.random.default_rng(0)
+        codes = {c: rng.integers(1, 4096, size=shape, dtype=np.int16) for c in contrasts}
+        label = np.zeros(shape, dtype=np.uint8)
+        return study_of(codes, split="test", spacing_mm=(1.0, 1.5, 2.0), label=label)
+
+    return make
 
 
 def tiny_segmenter() -> Segmenter:
@@ -79,7 +57,9 @@ def expected_voxelwise(study: StudyArrays, contrast: str) -> npt.NDArray[np.floa
     return np.asarray(1 / (1 + np.exp(-z)), dtype=np.float32)
 
 
-def test_a_box_of_one_window_equals_the_direct_forward() -> None:
+def test_a_box_of_one_window_equals_the_direct_forward(
+    make_study: Callable[..., StudyArrays],
+) -> None:
     model, study = tiny_segmenter(), make_study(WINDOW)
     batch = pack_studies([study], PATCH, epochs=[0], drop_empty=False)
     model.train()
@@ -96,7 +76,7 @@ def test_a_box_of_one_window_equals_the_direct_forward() -> None:
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
 @pytest.mark.parametrize("shape", [(13, 9, 7), (5, 20, 3), (8, 8, 4), (3, 3, 3)], ids=str)
 def test_every_voxel_of_any_box_is_predicted_once_over(
-    shape: Triple, overlap: float, blending: str
+    shape: Triple, overlap: float, blending: str, make_study: Callable[..., StudyArrays]
 ) -> None:
     study = make_study(shape, ("T1w",))
     result = sliding_window(
@@ -111,7 +91,7 @@ def test_every_voxel_of_any_box_is_predicted_once_over(
     np.testing.assert_allclose(result[0], expected_voxelwise(study, "T1w"), atol=1e-5)
 
 
-def test_windows_and_weights_are_those_of_monai() -> None:
+def test_windows_and_weights_are_those_of_monai(make_study: Callable[..., StudyArrays]) -> None:
     from monai.inferers import sliding_window_inference
 
     study = make_study((13, 18, 7), ("T1w",))
@@ -137,13 +117,17 @@ def test_windows_and_weights_are_those_of_monai() -> None:
         np.testing.assert_allclose(result, np.asarray(theirs)[0], atol=1e-4)
 
 
-def test_the_number_of_windows_per_batch_changes_nothing() -> None:
+def test_the_number_of_windows_per_batch_changes_nothing(
+    make_study: Callable[..., StudyArrays],
+) -> None:
     model, study = tiny_segmenter(), make_study((13, 9, 7))
     one = predict_study(model, study, windows_per_batch=1)
     np.testing.assert_allclose(one, predict_study(model, study, windows_per_batch=5), atol=1e-5)
 
 
-def test_a_window_has_the_positions_of_the_same_training_crop() -> None:
+def test_a_window_has_the_positions_of_the_same_training_crop(
+    make_study: Callable[..., StudyArrays],
+) -> None:
     study = make_study((20, 17, 6))
     seen = 0
     for seed in range(6):
@@ -158,13 +142,13 @@ def test_a_window_has_the_positions_of_the_same_training_crop() -> None:
     assert seen >= 3
 
 
-def test_a_small_box_is_padded_like_a_training_crop() -> None:
+def test_a_small_box_is_padded_like_a_training_crop(make_study: Callable[..., StudyArrays]) -> None:
     study = make_study((5, 20, 3))
     crop = augment_study(study, np.random.default_rng(0), crop_vox=(8, 20, 4))
     assert window_origins((5, 20, 3), (8, 20, 4), 0.5) == [crop.origin_vox]
 
 
-def test_positions_reach_the_model() -> None:
+def test_positions_reach_the_model(make_study: Callable[..., StudyArrays]) -> None:
     # Two windows with equal voxels at different places must not get equal logits.
     model = tiny_segmenter().eval()
     study = make_study((16, 8, 4), ("T1w",))
@@ -173,7 +157,9 @@ def test_positions_reach_the_model() -> None:
     assert np.abs(result[:, :8] - result[:, 8:]).max() > 1e-4
 
 
-def test_a_subset_is_predicted_as_if_the_study_had_nothing_else() -> None:
+def test_a_subset_is_predicted_as_if_the_study_had_nothing_else(
+    make_study: Callable[..., StudyArrays],
+) -> None:
     model, study = tiny_segmenter(), make_study((13, 9, 7))
     only = replace(
         study,
@@ -187,12 +173,16 @@ def test_a_subset_is_predicted_as_if_the_study_had_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("contrasts", [["T2w"], [], ["T1w", "ADC"]])
-def test_contrasts_the_study_lacks_are_refused(contrasts: list[str]) -> None:
+def test_contrasts_the_study_lacks_are_refused(
+    contrasts: list[str], make_study: Callable[..., StudyArrays]
+) -> None:
     with pytest.raises(StudyError, match=r"study study.*T1w.*FLAIR"):
         predict_study(tiny_segmenter(), make_study(WINDOW), contrasts=contrasts)
 
 
-def test_windows_that_are_not_whole_patches_and_full_overlap_are_refused() -> None:
+def test_windows_that_are_not_whole_patches_and_full_overlap_are_refused(
+    make_study: Callable[..., StudyArrays],
+) -> None:
     call: Callable[..., object] = predict_study
     with pytest.raises(ValueError, match="whole patches"):
         call(tiny_segmenter(), make_study(WINDOW), window_vox=(8, 8, 6))

@@ -1,6 +1,6 @@
 """UNETR's decoder beside MONAI's, and the stock head: fixed channels, zeros for missing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,46 +20,25 @@ from anycontrast.models.unetr import (
 )
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import StudyArrays, StudyError
 
 Triple = tuple[int, int, int]
 CHANNELS = ["FLAIR", "T1w", "T2w"]
 
 
-def make_batch(contrasts: Sequence[Sequence[str]], shape: Triple = (16, 16, 8)) -> PackedBatch:
-    studies = []
-    for number, names in enumerate(contrasts):
-        codes, volumes = {}, []
-        for contrast in names:
-            rng = np.random.default_rng([number, *contrast.encode()])
-            codes[contrast] = rng.integers(1, 4096, size=shape, dtype=np.int16)
-            volumes.append(
-                VolumeRecord(
-                    contrast=contrast,
-                    scale=1.0,
-                    offset=0.0,
-                    p0_5=0.0,
-                    p99_5=4095.0,
-                    mean=2000.0,
-                    std=1000.0,
-                    num_foreground=int(np.prod(shape)),
-                    occupancy="",
-                    source_spacing_mm=(1.0, 1.0, 1.0),
-                )
-            )
-        record = StudyRecord(
-            study_id=f"study-{number}",
-            dataset="test",
-            subject_id="s",
-            session_id="1",
-            split="train",
-            shape=shape,
-            spacing_mm=(1.0, 1.0, 1.0),
-            affine=((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)),
-            volumes=tuple(volumes),
-        )
-        studies.append(StudyArrays(record=record, codes=codes))
-    return pack_studies(studies, (8, 8, 8), epochs=[0] * len(studies), drop_empty=False)
+@pytest.fixture
+def make_batch(study_of: Callable[..., StudyArrays]) -> Callable[..., PackedBatch]:
+    def make(contrasts: Sequence[Sequence[str]], shape: Triple = (16, 16, 8)) -> PackedBatch:
+        studies = []
+        for number, names in enumerate(contrasts):
+            codes = {}
+            for contrast in names:
+                rng = np.random.default_rng([number, *contrast.encode()])
+                codes[contrast] = rng.integers(1, 4096, size=shape, dtype=np.int16)
+            studies.append(study_of(codes, f"study-{number}"))
+        return pack_studies(studies, (8, 8, 8), epochs=[0] * len(studies), drop_empty=False)
+
+    return make
 
 
 def tiny_model(**changes: object) -> AMAEConfig:
@@ -136,7 +115,9 @@ def test_levels_and_taps() -> None:
             level_strides(patch_vox)
 
 
-def test_dense_volumes_are_the_z_scored_codes_in_place() -> None:
+def test_dense_volumes_are_the_z_scored_codes_in_place(
+    make_batch: Callable[..., PackedBatch],
+) -> None:
     batch = make_batch([["T1w"], ["T2w", "FLAIR"]])
     rng = np.random.default_rng([1, *b"FLAIR"])
     codes = rng.integers(1, 4096, size=(16, 16, 8), dtype=np.int16)
@@ -144,7 +125,9 @@ def test_dense_volumes_are_the_z_scored_codes_in_place() -> None:
     torch.testing.assert_close(dense_volumes(batch)[2], torch.from_numpy(expected))
 
 
-def test_a_missing_contrast_equals_one_that_is_zero_everywhere() -> None:
+def test_a_missing_contrast_equals_one_that_is_zero_everywhere(
+    make_batch: Callable[..., PackedBatch],
+) -> None:
     model = tiny_unetr()
     missing = make_batch([["T1w", "T2w"]])
     explicit = make_batch([["T1w", "T2w", "FLAIR"]])
@@ -158,7 +141,9 @@ def test_a_missing_contrast_equals_one_that_is_zero_everywhere() -> None:
     assert not torch.allclose(first, third, atol=1e-3)
 
 
-def test_channels_follow_the_configured_order_and_not_the_study() -> None:
+def test_channels_follow_the_configured_order_and_not_the_study(
+    make_batch: Callable[..., PackedBatch],
+) -> None:
     model = tiny_unetr()
     image = model.channels(make_batch([["T2w", "FLAIR"], ["T1w"]]))
     volumes = dense_volumes(make_batch([["T2w", "FLAIR"], ["T1w"]]))
@@ -170,14 +155,14 @@ def test_channels_follow_the_configured_order_and_not_the_study() -> None:
     assert not image[1, 0].any()
 
 
-def test_a_batch_equals_its_studies_alone() -> None:
+def test_a_batch_equals_its_studies_alone(make_batch: Callable[..., PackedBatch]) -> None:
     model = tiny_unetr()
     first, second = make_batch([["T1w"], ["T2w", "FLAIR"]]), make_batch([["T1w"]])
     with torch.no_grad():
         torch.testing.assert_close(model(first)[:1], model(second), atol=1e-5, rtol=0)
 
 
-def test_a_study_without_any_channel_is_refused() -> None:
+def test_a_study_without_any_channel_is_refused(make_batch: Callable[..., PackedBatch]) -> None:
     with pytest.raises(StudyError, match="study-1"):
         tiny_unetr()(make_batch([["T1w"], ["ADC"]]))
 
@@ -193,7 +178,9 @@ def test_channel_order_is_required() -> None:
         SegmenterConfig(head="unetr")
 
 
-def test_blocks_are_taken_over_and_the_patch_embedding_is_the_mean_of_the_tokenizer() -> None:
+def test_blocks_are_taken_over_and_the_patch_embedding_is_the_mean_of_the_tokenizer(
+    make_batch: Callable[..., PackedBatch],
+) -> None:
     torch.manual_seed(1)
     pretrained = AMAE(tiny_model())
     nn.init.normal_(pretrained.encoder.tokenizer.modulation.weight, std=0.3)
@@ -234,7 +221,7 @@ def test_without_tiling_the_patch_embedding_stays_fresh() -> None:
         model.load_pretrained(tensors)
 
 
-def test_gradient_reaches_blocks_and_head() -> None:
+def test_gradient_reaches_blocks_and_head(make_batch: Callable[..., PackedBatch]) -> None:
     model = tiny_unetr().train()
     model(make_batch([["T1w", "FLAIR"], ["T2w"]])).square().mean().backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
