@@ -217,6 +217,10 @@ def study_of() -> "Callable[..., StudyArrays]":
         spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
         step_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
         label: npt.NDArray[np.uint8] | None = None,
+        subject_id: str = "s",
+        mean: float = 2000.0,
+        std: float = 1000.0,
+        occupancy: str = "",
     ) -> StudyArrays:
         shape = next(iter(codes.values())).shape
         volumes = tuple(
@@ -226,10 +230,10 @@ def study_of() -> "Callable[..., StudyArrays]":
                 offset=0.0,
                 p0_5=0.0,
                 p99_5=4095.0,
-                mean=2000.0,
-                std=1000.0,
+                mean=mean,
+                std=std,
                 num_foreground=int(np.prod(shape)),
-                occupancy="",
+                occupancy=occupancy,
                 source_spacing_mm=(1.0, 1.0, 1.0),
             )
             for contrast in codes
@@ -238,7 +242,7 @@ def study_of() -> "Callable[..., StudyArrays]":
         record = StudyRecord(
             study_id=study_id,
             dataset="test",
-            subject_id="s",
+            subject_id=subject_id,
             session_id="1",
             split=split,
             shape=shape,

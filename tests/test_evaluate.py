@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,51 +37,30 @@ from anycontrast.training.checkpoint import CheckpointError
 from anycontrast.training.config import Config, load_config
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.store import reader
-from anycontrast_datasets.study import ManifestError, StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import ManifestError, StudyArrays
 
 SHAPE = (8, 8, 8)
 WINDOW = (8, 8, 8)
 
 
-def make_study(
-    study_id: str, contrasts: Sequence[str], *, split: str = "test", has_label: bool = True
-) -> StudyArrays:
+@pytest.fixture
+def make_study(study_of: Callable[..., StudyArrays]) -> Callable[..., StudyArrays]:
     """A lesion of 4 x 4 x 4 voxels that T1w shows wholly and every other contrast by half."""
-    label = np.zeros(SHAPE, dtype=np.uint8)
-    label[2:6, 2:6, 2:6] = 1
-    codes = {}
-    for contrast in contrasts:
-        array = np.full(SHAPE, 1000, dtype=np.int16)
-        array[2 : 6 if contrast == "T1w" else 4, 2:6, 2:6] = 3000
-        codes[contrast] = array
-    volumes = tuple(
-        VolumeRecord(
-            contrast=contrast,
-            scale=1.0,
-            offset=0.0,
-            p0_5=0.0,
-            p99_5=4095.0,
-            mean=2000.0,
-            std=1000.0,
-            num_foreground=512,
-            occupancy="",
-            source_spacing_mm=(1.0, 1.0, 1.0),
-        )
-        for contrast in contrasts
-    )
-    record = StudyRecord(
-        study_id=study_id,
-        dataset="test",
-        subject_id=study_id,
-        session_id="1",
-        split=split,
-        shape=SHAPE,
-        spacing_mm=(1.0, 1.0, 1.0),
-        affine=((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)),
-        volumes=volumes,
-        has_label=has_label,
-    )
-    return StudyArrays(record=record, codes=codes, label=label if has_label else None)
+
+    def make(
+        study_id: str, contrasts: Sequence[str], *, split: str = "test", has_label: bool = True
+    ) -> StudyArrays:
+        label = np.zeros(SHAPE, dtype=np.uint8)
+        label[2:6, 2:6, 2:6] = 1
+        codes = {}
+        for contrast in contrasts:
+            array = np.full(SHAPE, 1000, dtype=np.int16)
+            array[2 : 6 if contrast == "T1w" else 4, 2:6, 2:6] = 3000
+            codes[contrast] = array
+        kept = label if has_label else None
+        return study_of(codes, study_id, subject_id=study_id, split=split, label=kept)
+
+    return make
 
 
 class MemoryStore:
@@ -101,6 +80,19 @@ class MemoryStore:
         return []
 
 
+@pytest.fixture
+def two_studies(make_study: Callable[..., StudyArrays]) -> Callable[[], MemoryStore]:
+    def make() -> MemoryStore:
+        return MemoryStore(
+            make_study("a", ("T1w", "FLAIR")),
+            make_study("b", ("FLAIR",)),
+            make_study("unlabelled", ("T1w",), has_label=False),
+            make_study("train", ("T1w", "DWI"), split="train"),
+        )
+
+    return make
+
+
 class Bright(Segmenter):
     """Segments what is bright in any contrast; `sign` -1 segments everything else."""
 
@@ -116,16 +108,9 @@ class Bright(Segmenter):
         raise NotImplementedError
 
 
-def two_studies() -> MemoryStore:
-    return MemoryStore(
-        make_study("a", ("T1w", "FLAIR")),
-        make_study("b", ("FLAIR",)),
-        make_study("unlabelled", ("T1w",), has_label=False),
-        make_study("train", ("T1w", "DWI"), split="train"),
-    )
-
-
-def test_a_study_counts_only_where_it_has_every_contrast_and_dice_is_right() -> None:
+def test_a_study_counts_only_where_it_has_every_contrast_and_dice_is_right(
+    two_studies: Callable[[], MemoryStore],
+) -> None:
     scores = score_models({"pretrained": Bright()}, two_studies(), EvaluateConfig())
     found = {(s.study_id, s.subset): s.dice for s in scores}
     # FLAIR shows half of the lesion: 2 * 32 / (32 + 64). With T1w all of it is seen.
@@ -146,6 +131,7 @@ class BrightT1w(Bright):
 
 def test_a_model_of_fixed_channels_is_measured_on_what_it_sees(
     caplog: pytest.LogCaptureFixture,
+    two_studies: Callable[[], MemoryStore],
 ) -> None:
     scores = score_models({"pretrained": BrightT1w()}, two_studies(), EvaluateConfig())
     assert {s.subset for s in scores} == {("T1w",)}
@@ -155,20 +141,24 @@ def test_a_model_of_fixed_channels_is_measured_on_what_it_sees(
         score_models({"pretrained": BrightT1w()}, two_studies(), blind)
 
 
-def test_contrasts_and_study_limits_bound_the_work() -> None:
+def test_contrasts_and_study_limits_bound_the_work(two_studies: Callable[[], MemoryStore]) -> None:
     config = EvaluateConfig(contrasts=["FLAIR"], max_studies=1)
     scores = score_models({"pretrained": Bright()}, two_studies(), config)
     assert [(s.study_id, s.subset) for s in scores] == [("a", ("FLAIR",))]
 
 
-def test_a_split_without_labelled_studies_is_an_error_that_says_so() -> None:
+def test_a_split_without_labelled_studies_is_an_error_that_says_so(
+    two_studies: Callable[[], MemoryStore],
+) -> None:
     with pytest.raises(ManifestError, match="no labelled study in split 'val'"):
         labelled_indices(two_studies(), "val")
     with pytest.raises(ManifestError, match="DWI"):
         labelled_indices(two_studies(), "test", ["DWI"])
 
 
-def test_the_report_has_all_files_with_the_right_numbers(tmp_path: Path) -> None:
+def test_the_report_has_all_files_with_the_right_numbers(
+    tmp_path: Path, two_studies: Callable[[], MemoryStore]
+) -> None:
     config = EvaluateConfig(num_bootstrap=50)
     models = {"pretrained": Bright(), "scratch": Bright(-1.0)}
     scores = score_models(models, two_studies(), config)
@@ -217,7 +207,7 @@ def test_the_gain_is_paired_by_study() -> None:
     assert rows[1].gain is None
 
 
-def test_a_study_with_empty_truth_can_be_left_out() -> None:
+def test_a_study_with_empty_truth_can_be_left_out(make_study: Callable[..., StudyArrays]) -> None:
     study = make_study("a", ("T1w",))
     assert study.label is not None
     study.label[:] = 0
@@ -246,7 +236,7 @@ def fake_checkpoints(
 
 
 def test_a_run_is_evaluated_from_its_best_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_studies: Callable[[], MemoryStore]
 ) -> None:
     config = Config(name="run", root=str(tmp_path), evaluate=EvaluateConfig(num_bootstrap=10))
     segmenter = fake_checkpoints(config.paths.finetune, monkeypatch)

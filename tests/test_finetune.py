@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,60 +20,49 @@ from anycontrast.training.optim import OptimConfig, build_adamw
 from anycontrast.training.segmentation import FinetuneTask, LabelledStore
 from anycontrast_datasets.store import reader
 from anycontrast_datasets.stream import StudyStream
-from anycontrast_datasets.study import ManifestError, StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import ManifestError, StudyArrays
 
 SHAPE = (16, 16, 12)
 WINDOW = (16, 16, 8)
 PATCH = (8, 8, 4)
 
 
-def make_study(
-    study_id: str,
-    contrasts: Sequence[str] = ("T1w", "FLAIR"),
-    *,
-    split: str = "train",
-    has_label: bool = True,
-    seed: int = 0,
-) -> StudyArrays:
+@pytest.fixture
+def make_study(study_of: Callable[..., StudyArrays]) -> Callable[..., StudyArrays]:
     """Noise with a bright block, the lesion, somewhere inside."""
-    rng = np.random.default_rng(seed)
-    corner = rng.integers(2, 6, size=3)
-    lesion = tuple(slice(int(c), int(c) + 6) for c in corner)
-    label = np.zeros(SHAPE, dtype=np.uint8)
-    label[lesion] = 2
-    codes = {}
-    for contrast in contrasts:
-        array = rng.normal(1500, 200, size=SHAPE)
-        array[lesion] += 1500
-        codes[contrast] = array.clip(1, 4095).astype(np.int16)
-    volumes = tuple(
-        VolumeRecord(
-            contrast=contrast,
-            scale=1.0,
-            offset=0.0,
-            p0_5=0.0,
-            p99_5=4095.0,
+
+    def make(
+        study_id: str,
+        contrasts: Sequence[str] = ("T1w", "FLAIR"),
+        *,
+        split: str = "train",
+        has_label: bool = True,
+        seed: int = 0,
+    ) -> StudyArrays:
+        rng = np.random.default_rng(seed)
+        corner = rng.integers(2, 6, size=3)
+        lesion = tuple(slice(int(c), int(c) + 6) for c in corner)
+        label = np.zeros(SHAPE, dtype=np.uint8)
+        label[lesion] = 2
+        codes = {}
+        for contrast in contrasts:
+            array = rng.normal(1500, 200, size=SHAPE)
+            array[lesion] += 1500
+            codes[contrast] = array.clip(1, 4095).astype(np.int16)
+        return study_of(
+            codes,
+            study_id,
+            subject_id=study_id,
+            split=split,
+            spacing_mm=(1.0, 1.0, 1.5),
+            step_mm=(1.0, 1.0, 1.5),
+            label=label if has_label else None,
             mean=1700.0,
             std=600.0,
-            num_foreground=int(np.prod(SHAPE)),
             occupancy="////",
-            source_spacing_mm=(1.0, 1.0, 1.0),
         )
-        for contrast in contrasts
-    )
-    record = StudyRecord(
-        study_id=study_id,
-        dataset="test",
-        subject_id=study_id,
-        session_id="1",
-        split=split,
-        shape=SHAPE,
-        spacing_mm=(1.0, 1.0, 1.5),
-        affine=((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1.5, 0), (0, 0, 0, 1)),
-        volumes=volumes,
-        has_label=has_label,
-    )
-    return StudyArrays(record=record, codes=codes, label=label if has_label else None)
+
+    return make
 
 
 class MemoryStore:
@@ -93,14 +82,18 @@ class MemoryStore:
         return []
 
 
-def small_store() -> MemoryStore:
-    return MemoryStore(
-        make_study("a", ("T1w", "FLAIR", "DWI"), seed=1),
-        make_study("unlabelled", has_label=False, seed=2),
-        make_study("b", ("FLAIR",), seed=3),
-        make_study("v", split="val", seed=4),
-        make_study("t", split="test", seed=5),
-    )
+@pytest.fixture
+def small_store(make_study: Callable[..., StudyArrays]) -> Callable[[], MemoryStore]:
+    def make() -> MemoryStore:
+        return MemoryStore(
+            make_study("a", ("T1w", "FLAIR", "DWI"), seed=1),
+            make_study("unlabelled", has_label=False, seed=2),
+            make_study("b", ("FLAIR",), seed=3),
+            make_study("v", split="val", seed=4),
+            make_study("t", split="test", seed=5),
+        )
+
+    return make
 
 
 def tiny_model() -> AMAEConfig:
@@ -123,6 +116,7 @@ def tiny_config(**changes: object) -> FinetuneConfig:
 
 def test_only_labelled_studies_are_served_and_the_rest_is_counted(
     caplog: pytest.LogCaptureFixture,
+    small_store: Callable[[], MemoryStore],
 ) -> None:
     with caplog.at_level(logging.INFO):
         store = LabelledStore(small_store())
@@ -137,12 +131,12 @@ def test_only_labelled_studies_are_served_and_the_rest_is_counted(
                 assert set(batch.patch_grids) == {(2, 2, 2)}
 
 
-def test_a_split_without_labels_is_an_error() -> None:
+def test_a_split_without_labels_is_an_error(make_study: Callable[..., StudyArrays]) -> None:
     with pytest.raises(ManifestError, match="no labelled study in split 'train'"):
         LabelledStore(MemoryStore(make_study("a", has_label=False)))
 
 
-def test_one_study_is_overfitted() -> None:
+def test_one_study_is_overfitted(make_study: Callable[..., StudyArrays]) -> None:
     torch.manual_seed(0)
     store = MemoryStore(make_study("a"), make_study("a-again", split="val"))
     config = tiny_config(
@@ -174,7 +168,7 @@ def test_one_study_is_overfitted() -> None:
     assert set(parts) == {"dice/lesion"}
 
 
-def test_the_loss_is_a_sum_over_studies() -> None:
+def test_the_loss_is_a_sum_over_studies(small_store: Callable[[], MemoryStore]) -> None:
     torch.manual_seed(0)
     store = LabelledStore(small_store())
     config = tiny_config(drop_contrasts=False, foreground_crop_fraction=0.0)
@@ -198,6 +192,7 @@ def test_the_loss_is_a_sum_over_studies() -> None:
 
 def test_without_validation_studies_the_newest_counts_as_best_and_it_is_said(
     caplog: pytest.LogCaptureFixture,
+    make_study: Callable[..., StudyArrays],
 ) -> None:
     store = LabelledStore(MemoryStore(make_study("a")))
     task = FinetuneTask(tiny_config(), tiny_model(), store, pretrained=None)
@@ -208,7 +203,7 @@ def test_without_validation_studies_the_newest_counts_as_best_and_it_is_said(
     assert not found.metrics
 
 
-def test_a_worse_validation_is_not_the_best() -> None:
+def test_a_worse_validation_is_not_the_best(small_store: Callable[[], MemoryStore]) -> None:
     store = LabelledStore(small_store())
     task = FinetuneTask(tiny_config(), tiny_model(), store, pretrained=None, best_dice=1.0)
     found = task.validate(task.model, step=1)
@@ -251,7 +246,7 @@ def give_pretrained(
 
 
 def test_pretrained_and_scratch_differ_in_the_encoder_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], MemoryStore]
 ) -> None:
     pretrained = give_pretrained(monkeypatch)
     store = LabelledStore(small_store())
@@ -272,7 +267,7 @@ def test_pretrained_and_scratch_differ_in_the_encoder_alone(
 
 
 def test_pretrained_weights_that_do_not_fit_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], MemoryStore]
 ) -> None:
     store = LabelledStore(small_store())
     config = Config(root=str(tmp_path), finetune=tiny_config())
@@ -284,13 +279,15 @@ def test_pretrained_weights_that_do_not_fit_are_refused(
         make_task(config, store)
 
 
-def test_a_missing_pretraining_checkpoint_is_said(tmp_path: Path) -> None:
+def test_a_missing_pretraining_checkpoint_is_said(
+    tmp_path: Path, small_store: Callable[[], MemoryStore]
+) -> None:
     with pytest.raises(CheckpointError):
         make_task(Config(root=str(tmp_path), finetune=tiny_config()), LabelledStore(small_store()))
 
 
 def test_a_whole_run_leaves_a_best_checkpoint_that_can_be_loaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], MemoryStore]
 ) -> None:
     from anycontrast.evaluation.evaluate import find_finetuned, load_finetuned
 
