@@ -198,6 +198,16 @@ def test_one_contrast_is_enough(segmenter: Path, study: Path, tmp_path: Path) ->
     ]
 
 
+def test_a_contrast_the_release_never_saw_is_used_and_named(
+    segmenter: Path, study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (study / "ADC.nii").rename(study / "PDw.nii")
+    report = run_predict(segmenter, study, tmp_path / "out", PredictConfig(overlap=0.0))
+    assert "PDw" in report["contrasts_used"]
+    assert report["contrasts_not_seen"] == ["PDw"]
+    assert "never saw PDw" in caplog.text
+
+
 def test_a_table_names_the_contrasts(segmenter: Path, study: Path, tmp_path: Path) -> None:
     (study / "DWI.nii.gz").rename(study / "scan_17.nii.gz")
     table = tmp_path / "table.csv"

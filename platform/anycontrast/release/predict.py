@@ -87,6 +87,15 @@ def run_predict(
     model, facts = load_segmenter(release_folder(release))
     arrays, volumes, refused = read_study_dir(study_dir, config.table, prepare_config_of(facts))
     like = _like(config.like or arrays.record.reference, list(volumes))
+    not_seen = [name for name in arrays.record.contrasts if name not in facts["contrasts_seen"]]
+    if not_seen:
+        logger.warning(
+            "%s never saw %s in pretraining, only %s: it is tokenized without having been learned, "
+            "so treat the result with care or leave the file out",
+            facts["name"],
+            ", ".join(not_seen),
+            ", ".join(facts["contrasts_seen"]),
+        )
     probabilities_RXYZ = predict_study(
         model.to(device), arrays, overlap=config.overlap, device=device
     )
@@ -98,6 +107,7 @@ def run_predict(
     report = {
         "release": facts["name"],
         "contrasts_used": list(arrays.record.contrasts),
+        "contrasts_not_seen": not_seen,
         "refused": [{"file": r.location, "code": r.code, "reason": r.reason} for r in refused],
         "geometry_of": like,
         "threshold": config.threshold,

@@ -58,7 +58,11 @@ def _is_done(config: Config) -> bool:
     pretrain = config.pretrain
     if not (pretrain.resume and pretrain.steps):
         return False
-    newest = latest(config.paths.pretrain / "checkpoints")
+    folder = config.paths.pretrain / "checkpoints"
+    if not (folder / f"step-{pretrain.steps:08d}").is_dir():
+        # Every start comes this way: hash whole checkpoints only where the last step is there.
+        return False
+    newest = latest(folder)
     return newest is not None and newest.step >= pretrain.steps
 
 
