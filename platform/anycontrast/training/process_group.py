@@ -5,7 +5,9 @@ process gets a one-rank group on an in-process store, which opens no port.
 """
 
 import atexit
+import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
+
+_SETTLE_S = 0.5
 
 
 def rank() -> int:
@@ -61,8 +65,16 @@ def _join(timeout_s: float) -> None:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    is_alone = dist.get_world_size() == 1
+    dist.destroy_process_group()
+    if not is_alone:
+        # A gloo thread lets go of the tensors of the last collective a moment after `wait` has
+        # returned, and takes the interpreter for it. If the interpreter is already going down, that
+        # ends the process with "terminate called without an active exception". Let it finish.
+        gc.collect()
+        time.sleep(_SETTLE_S)
 
 
 def reduce_sums(values: list[float], where: torch.device) -> list[float]:
