@@ -8,7 +8,7 @@ agrees and every row is a valid `Study`. Rows are ordered by study id.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anycontrast_datasets.contrast import ContrastDescriptor
+from anycontrast_datasets.contrast import ContrastDescriptor, contrast_id
 from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.pseudonym import STUDY_ID
-from anycontrast_datasets.study import Affine, Label, ManifestError, Study, Volume
+from anycontrast_datasets.study import Affine, ContrastVote, Label, ManifestError, Study, Volume
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.parquet"
 SOURCES_NAME = "private/sources.parquet"
 LABEL_KEY = "label"
@@ -47,6 +47,14 @@ _descriptor = pa.struct(
         pa.field("has_agent", pa.bool_()),
     ]
 )
+_vote = pa.struct(
+    [
+        pa.field("source", _text, nullable=False),
+        pa.field("contrast", _text, nullable=False),
+        pa.field("confidence", pa.float64(), nullable=False),
+        pa.field("evidence", _text, nullable=False),
+    ]
+)
 _volume = pa.struct(
     [
         pa.field("contrast", _text, nullable=False),
@@ -57,6 +65,13 @@ _volume = pa.struct(
         pa.field("flags", pa.list_(_text), nullable=False),
         pa.field("evidence", pa.list_(_text), nullable=False),
         pa.field("sha256", _text, nullable=False),
+        pa.field("confidence", pa.float64(), nullable=False),
+        pa.field("votes", pa.list_(_vote), nullable=False),
+        pa.field("face", _text, nullable=False),
+        pa.field("voxels_sha256", _text, nullable=False),
+        pa.field("image_hash", _text, nullable=False),
+        pa.field("intensity", pa.list_(pa.float64())),
+        pa.field("noise_sigma", pa.float64()),
     ]
 )
 _label = pa.struct(
@@ -76,6 +91,8 @@ SCHEMA: pa.Schema = pa.schema(
         pa.field("split", _text, nullable=False),
         pa.field("volumes", pa.list_(_volume), nullable=False),
         pa.field("label", _label),
+        pa.field("site", _text, nullable=False),
+        pa.field("contrast_set", pa.uint64(), nullable=False),
     ]
 )
 """Shapes in voxels as in the file, spacing in mm, affines row by row (voxel ijk -> RAS+ mm)."""
@@ -165,7 +182,14 @@ def _row(study: Study) -> dict[str, Any]:
         "split": study.split,
         "volumes": [_volume_row(volume) for volume in study.volumes],
         "label": None if study.label is None else _label_row(study.label),
+        "site": study.site,
+        "contrast_set": contrast_set(study.contrasts),
     }
+
+
+def contrast_set(contrasts: Iterable[str]) -> int:
+    """Return a set of contrasts as bits: bit n stands for the contrast with vocabulary id n."""
+    return sum({1 << contrast_id(name) for name in contrasts})
 
 
 def _volume_row(volume: Volume) -> dict[str, Any]:
@@ -179,6 +203,13 @@ def _volume_row(volume: Volume) -> dict[str, Any]:
         "flags": list(volume.flags),
         "evidence": list(volume.evidence),
         "sha256": volume.sha256,
+        "confidence": volume.confidence,
+        "votes": [asdict(vote) for vote in volume.votes],
+        "face": volume.face,
+        "voxels_sha256": volume.voxels_sha256,
+        "image_hash": volume.image_hash,
+        "intensity": None if volume.intensity is None else list(volume.intensity),
+        "noise_sigma": volume.noise_sigma,
     }
 
 
@@ -210,6 +241,13 @@ def _study(row: Mapping[str, Any]) -> Study:
                 flags=tuple(volume["flags"]),
                 evidence=tuple(volume["evidence"]),
                 sha256=volume["sha256"],
+                confidence=volume["confidence"],
+                votes=tuple(ContrastVote(**vote) for vote in volume["votes"]),
+                face=volume["face"],
+                voxels_sha256=volume["voxels_sha256"],
+                image_hash=volume["image_hash"],
+                intensity=None if volume["intensity"] is None else _triple(volume["intensity"]),
+                noise_sigma=volume["noise_sigma"],
             )
             for volume in row["volumes"]
         ),

@@ -48,6 +48,24 @@ class ShardError(StudyError):
     code = "shard_corrupt"
 
 
+FACE_STATES = ("stripped", "defaced", "refaced", "present", "unknown")
+"""What is known of a face in a volume; `unknown` is treated like `present`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastVote:
+    """What one source of evidence says a volume shows."""
+
+    source: str
+    """`mapping`, `table`, `bids`, `name`, `description`, `physics` or `picture`."""
+    contrast: str
+    """Vocabulary name."""
+    confidence: float
+    """0 .. 1, of this vote alone."""
+    evidence: str = ""
+    """One clause, free of identifying text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Volume:
     """One 3D image of a study as it lies in the source."""
@@ -68,9 +86,27 @@ class Volume:
     """Why this contrast was chosen, one clause each, free of identifying text."""
     sha256: str = ""
     """Of the source file's bytes."""
+    confidence: float = 1.0
+    """Of `contrast`, 0 .. 1, after all votes."""
+    votes: tuple[ContrastVote, ...] = ()
+    """Everything that had a say in `contrast`, strongest first."""
+    face: str = "unknown"
+    """One of `FACE_STATES`."""
+    voxels_sha256: str = ""
+    """Of shape and float32 voxels on RAS+ axes: equal pictures, equal hash, whatever the file."""
+    image_hash: str = ""
+    """128 hexadecimal digits, the bits of an 8 x 8 x 8 thumbnail; near-duplicates differ in few."""
+    intensity: tuple[float, float, float] | None = None
+    """1st, 50th and 99th percentile of the foreground, in source units."""
+    noise_sigma: float | None = None
+    """Standard deviation of the background noise, in source units."""
 
     def __post_init__(self) -> None:
         contrast_id(self.contrast)
+        if self.face not in FACE_STATES:
+            raise StudyError(
+                f"volume {self.contrast}: face must be one of {FACE_STATES}, got {self.face!r}"
+            )
         if any(n < 1 for n in self.shape):
             raise StudyError(f"volume {self.contrast}: shape must be positive, got {self.shape}")
         if any(not (math.isfinite(s) and s > 0) for s in self.spacing_mm):
@@ -104,6 +140,8 @@ class Study:
     split: str
     volumes: tuple[Volume, ...]
     label: Label | None = None
+    site: str = ""
+    """Keyed hash of scanner and institution, as stable as the pseudonyms; empty when not known."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:

@@ -1,0 +1,1 @@
+"""Benchmarks: `anycontrast bench NAME`; each module measures one thing in one run."""
