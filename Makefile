@@ -25,7 +25,7 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.train
 	@echo "installing the test and lint tools into $(VENV) ..."
-	$(PIP) -e ".[train,s3,dev]"
+	$(PIP) -e ".[train,s3,bench,dev]"
 	@touch $@
 
 install: $(VENV)/.dev

@@ -12,12 +12,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from anycontrast import __version__, cli
-from anycontrast.cli import VERBS, exit_code_of, guarded, main, message_of
+from anycontrast import __version__
+from anycontrast.cli import exit_code_of, guarded, main, message_of
 from anycontrast.release.errors import ReleaseError, ReleaseNotFoundError
 from anycontrast.training.checkpoint import CheckpointError
 from anycontrast.training.config import Config, ConfigError
 from anycontrast.training.loop import TrainingError, TrainingInterrupted
+from anycontrast.verbs import VERBS, UsageError
 from anycontrast_datasets.study import ManifestError, ShardError, StudyError, VolumeError
 
 Capture = pytest.CaptureFixture[str]
@@ -106,7 +107,7 @@ def test_every_setting_of_a_verb_is_explained(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (cli.UsageError("x"), 2),
+        (UsageError("x"), 2),
         (ConfigError("x"), 2),
         (StudyError("x"), 3),
         (ManifestError("x"), 3),

@@ -23,11 +23,14 @@ MAY_IMPORT = {
 }
 # Library -> the only files (relative to the repository) that may import it.
 ONLY_IN = {
-    "ray": ("platform/anycontrast/training/cluster.py", "datasets/anycontrast_datasets/shard.py"),
+    "ray": ("platform/anycontrast/training/cluster.py", "datasets/anycontrast_datasets/shard"),
     "deepspeed": ("platform/anycontrast/training/engine.py",),
-    "webdataset": ("datasets/anycontrast_datasets/store/",),
-    "zarr": ("datasets/anycontrast_datasets/store/",),
-    "nibabel": ("datasets/anycontrast_datasets/volume.py",),
+    "webdataset": ("datasets/anycontrast_datasets/store/", "platform/anycontrast/bench/"),
+    "zarr": ("datasets/anycontrast_datasets/store/", "platform/anycontrast/bench/"),
+    "nibabel": ("datasets/anycontrast_datasets/volume.py", "platform/anycontrast/bench/"),
+    "pydicom": ("datasets/anycontrast_datasets/sources/dicom",),
+    "dcm2niix": ("datasets/anycontrast_datasets/sources/dicom",),
+    "torchio": ("platform/anycontrast/bench/",),
     "triton": ("kernels/anycontrast_kernels/",),
     "flash_attn": ("kernels/anycontrast_kernels/",),
 }

@@ -1,0 +1,122 @@
+"""The verbs of the command line: what each takes, what it calls, which settings it reads."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word of the command line."""
+
+    usage: str
+    help: str
+    run: Callable[[list[str], list[str]], object]
+    """Called with the positional words and the `key=value` words."""
+    sections: tuple[str, ...] = ()
+    """Parts of the configuration it reads, for its help."""
+
+
+class UsageError(ValueError):
+    """The words of the command line do not fit the verb."""
+
+
+def _words(words: list[str], names: str) -> list[str]:
+    wanted = names.split()
+    if len(words) != len(wanted):
+        raise UsageError(f"expected {names}, got {' '.join(words) or 'nothing'}")
+    return words
+
+
+def _config_file(words: list[str]) -> Path | None:
+    if len(words) > 1:
+        raise UsageError(
+            f"expected at most one config file and key=value words, got {' '.join(words)}"
+        )
+    return Path(words[0]) if words else None
+
+
+def _stage(name: str) -> Callable[[list[str], list[str]], object]:
+    def run(words: list[str], overrides: list[str]) -> object:
+        path = _config_file(words)
+        from anycontrast import stages
+        from anycontrast.training.config import load_config
+
+        return getattr(stages, name)(load_config(path, overrides))
+
+    return run
+
+
+def _validate(words: list[str], overrides: list[str]) -> object:
+    path = _config_file(words)
+    from anycontrast.training.config import load_config
+    from anycontrast_datasets.manifest import read_manifest
+    from anycontrast_datasets.store.reader import open_store
+    from anycontrast_datasets.study import ShardError
+
+    config = load_config(path, overrides)
+    studies = read_manifest(config.paths.manifest / "manifest.parquet")
+    store = open_store(config.paths.shards)
+    if problems := store.verify():
+        raise ShardError(f"validating {config.paths.shards}: {'; '.join(problems)}")
+    return {
+        "studies": len(studies),
+        "sharded": len(store.records),
+        "shards": "every byte as written",
+    }
+
+
+def _pull(words: list[str], overrides: list[str]) -> object:
+    (source,) = _words(words, "PATH_OR_URL")
+    from anycontrast.release.hub import pull
+    from anycontrast.training.config import load_config
+
+    path = pull(source, load_config(None, overrides).pull)
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("kind")
+    use = {"predict": f"anycontrast predict {path} STUDY_DIR OUT"} if kind == "segmenter" else {}
+    return {"release": str(path), "load": f'anycontrast.load_pretrained("{path}")', **use}
+
+
+def _verify(words: list[str], overrides: list[str]) -> object:
+    (release,) = _words(words, "RELEASE")
+    from anycontrast.release.hub import verify_release
+
+    if overrides:
+        raise UsageError(f"verify takes no settings, got {' '.join(overrides)}")
+    manifest = verify_release(Path(release))
+    return {"files": len(manifest["files"]), "state": "every byte as released"}
+
+
+def _predict(words: list[str], overrides: list[str]) -> object:
+    release, study_dir, out = _words(words, "RELEASE STUDY_DIR OUT")
+    from anycontrast.release.predict import run_predict
+    from anycontrast.training.config import load_config
+
+    config = load_config(None, overrides)
+    return run_predict(release, Path(study_dir), Path(out), config.predict)
+
+
+_RUN = "[CONFIG] [key=value ...]"
+VERBS = {
+    "scan": Verb(_RUN, "source studies -> manifest and ledger", _stage("scan"), ("scan",)),
+    "shard": Verb(_RUN, "manifest -> shards", _stage("shard"), ("prepare", "shard")),
+    "validate": Verb(_RUN, "check the manifest and every byte of the shards", _validate),
+    "pretrain": Verb(
+        _RUN,
+        "shards -> pretrained encoder",
+        _stage("pretrain"),
+        ("model", "masking", "pretrain", "cluster"),
+    ),
+    "finetune": Verb(_RUN, "encoder -> segmenter", _stage("finetune"), ("finetune",)),
+    "evaluate": Verb(_RUN, "Dice per contrast subset", _stage("evaluate"), ("evaluate",)),
+    "export": Verb(_RUN, "checkpoints -> releases", _stage("export"), ("export",)),
+    "pull": Verb("PATH_OR_URL [key=value ...]", "fetch and verify a release", _pull, ("pull",)),
+    "verify": Verb("RELEASE", "check every byte of a release", _verify),
+    "predict": Verb(
+        "RELEASE STUDY_DIR OUT [key=value ...]",
+        "segment the study in a folder of NIfTI files",
+        _predict,
+        ("predict",),
+    ),
+}
