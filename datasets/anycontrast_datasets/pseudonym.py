@@ -41,6 +41,9 @@ class Naming(Protocol):
     def __call__(self, subject: str, session: str) -> Identity:
         """Return the identity of a session; the same arguments give the same answer."""
 
+    def site(self, institution: str, serial: str) -> str:
+        """Return what a scanner at an institution is called; empty when neither is known."""
+
 
 @dataclass(frozen=True)
 class SplitRule:
@@ -76,6 +79,16 @@ class PseudonymNaming:
             split=self.split(subject),
         )
 
+    def site(self, institution: str, serial: str) -> str:
+        """Return a pseudonym that cannot be undone without the key; case and blanks do not count.
+
+        Args:
+            institution: Name as in the header; blank when not known.
+            serial: Of the scanner (DeviceSerialNumber, StationName); blank when not known.
+        """
+        parts = [" ".join(text.lower().split()) for text in (institution, serial)]
+        return self._name("site", *parts) if any(parts) else ""
+
     def _name(self, *parts: str) -> str:
         digest = _digest(self.key, parts[0], self.dataset, *parts[1:])
         return base64.b32encode(digest).decode("ascii").lower()[:_PSEUDONYM_CHARS]
@@ -93,6 +106,11 @@ class PlainNaming:
         parts = [part for part in (self.dataset, subject, session) if part]
         study_id = re.sub(r"[^a-z0-9_-]+", "_", "-".join(parts).lower())
         return Identity(study_id, subject, session, self.split(subject))
+
+    def site(self, institution: str, serial: str) -> str:
+        """Return e.g. `site-a-12`; empty when neither is known."""
+        text = " ".join(part for part in (institution.strip(), serial.strip()) if part)
+        return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-")
 
 
 def load_key(path: Path | None, generated: Path) -> bytes:

@@ -16,7 +16,15 @@ from anycontrast_datasets.sources.grouping import build_studies
 from anycontrast_datasets.sources.listing import is_nifti, list_images, refuse_format
 from anycontrast_datasets.study import Study, StudyError
 
-_IDENTITY = Identity(study_id="study", subject_id="subject", session_id="session", split="test")
+
+class _OneStudy:
+    """Names everything in the folder alike: it is one session of one person."""
+
+    def __call__(self, subject: str, session: str) -> Identity:
+        return Identity(study_id="study", subject_id="subject", session_id="session", split="test")
+
+    def site(self, institution: str, serial: str) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ def scan_study_dir(root: Path, table: Path | None = None) -> StudyDir:
         StudyError: no usable volume, or the table names more than one study.
         ManifestError: the folder or the table is missing or wrong.
     """
-    options = SourceOptions(dataset="study", naming=lambda subject, session: _IDENTITY)
+    options = SourceOptions(dataset="study", naming=_OneStudy())
     if table is not None:
         found = list(folder.scan(root, options, table))
     else:
