@@ -4,8 +4,8 @@ A source turns each file of its layout into a claim (subject, session, contrast 
 refusal; `grouping` opens the files and makes studies of them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from anycontrast_datasets.contrast import (
@@ -60,6 +60,15 @@ class FileClaim:
     is_label: bool = False
     is_stated: bool = False
     """A person stated the contrast in a table: the picture may disagree but does not overrule."""
+    sidecar: Mapping[str, object] | None = field(default=None, repr=False)
+    """Physics with the keys and units of a BIDS sidecar, from elsewhere than a JSON file beside
+    the image; None reads that file."""
+    description: str = field(default="", repr=False)
+    """Free text on the series, for the vote on the contrast only: it may identify somebody."""
+    site: str = ""
+    """Keyed pseudonym of institution and scanner; empty when not known."""
+    source_files: tuple[str, ...] = field(default=(), repr=False)
+    """Input files that a converted volume stands for, relative to the root; empty: itself."""
 
 
 def read_stated(text: str, *, where: str) -> ContrastReading:
