@@ -21,7 +21,7 @@ from anycontrast_datasets.study import ShardError
 SCHEMES = ("file", "s3", "gs", "https", "http", "memory")
 UNREACHABLE = "store_unreachable"
 """Code of a ShardError that blames the way to the bytes, not the bytes."""
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}(/[A-Za-z0-9_.-]{1,128}){0,7}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}(/[A-Za-z0-9_.-]{1,128}){0,15}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _LOST_SLASH = re.compile(r"(file|s3|gs|https?|memory):/[^/]")
 
