@@ -1,10 +1,10 @@
 """Manifest -> shards, each study prepared once. Rerun it after any accident: it ends the same.
 
-In: the folder `scan` wrote. Out: `shard-000000.tar` ..., `index.parquet`, `dataset.json` (written
-last: the commit), `rejects.csv`. The plan is a pure function of the manifest and the config:
-studies in hash order, so that every shard is a fair sample, a fixed number to a shard. One shard is
-one task, in this process or on Ray; a task gets rows and paths and gives back index rows, never
-pixels. `shard_task.py` keeps what an earlier run finished.
+In: the folder `scan` wrote. Out: `shard-000000.tar` ... with their receipts, `layout.json`,
+`index.parquet`, `dataset.json` (written last: the commit), `rejects.csv`, and `sharding.json` with
+what the work cost, which no hash covers. `shard_plan.py` deals studies into shards, `shard_task.py`
+writes one, `shard_ray.py` has many written at a time, `shard_commit.py` makes them a data set.
+Studies may be added, changed and removed: only shards that hold them are written again.
 
 A study that cannot be prepared is refused with its reason and never stops the job; inputs = sharded
 + refused. Gives up: bytes are the same for any number of workers, but not promised across CPU types
@@ -12,41 +12,41 @@ or versions of torch and blosc, whose last bits differ; the versions are in `dat
 """
 
 import fcntl
-import hashlib
+import json
 import logging
-import os
 import re
-import secrets
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from anycontrast_datasets.ledger import refuse, write_ledger
+from anycontrast_datasets.disk import write_checked
 from anycontrast_datasets.manifest import manifest_fingerprint, read_locations, read_manifest
-from anycontrast_datasets.prepare import PREPARE_VERSION, PrepareConfig
-from anycontrast_datasets.record_json import RECORD_SCHEMA_VERSION
-from anycontrast_datasets.shard_commit import commit_dataset
-from anycontrast_datasets.shard_task import (
-    ShardReceipt,
-    ShardTask,
-    build_shard,
-    receipt_path,
-    withdraw_dataset,
+from anycontrast_datasets.prepare import PrepareConfig
+from anycontrast_datasets.shard_commit import Outcome, commit_dataset
+from anycontrast_datasets.shard_plan import (
+    Layout,
+    admit,
+    deal,
+    read_layout,
+    study_key,
+    write_layout,
 )
-from anycontrast_datasets.store.volume_index import SCHEMA_VERSION, sha256_json
+from anycontrast_datasets.shard_ray import run_on_ray
+from anycontrast_datasets.shard_receipt import ShardReceipt, receipt_path, withdraw_dataset
+from anycontrast_datasets.shard_task import ShardTask, build_shard
 from anycontrast_datasets.study import ShardError, Study
 
 logger = logging.getLogger(__name__)
 
-REJECTS_NAME = "rejects.csv"
 LOCK_NAME = ".lock"
-OWN_FILES = re.compile(r"\.?shard-\d{6,}\.(tar|json)(\.tmp-[0-9a-f]+)?")
-MAX_RETRIES = 3
+COST_NAME = "sharding.json"
+SHARD_FILES = re.compile(r"shard-\d{6,}\.(tar|json|json\.next|progress)")
+TEMPORARY = re.compile(
+    r"\.?(shard-\d{6,}|layout|index|dataset|rejects|sharding)\.[a-z.]+\.tmp-[0-9a-f]+"
+)
 
 OnProgress = Callable[[int, int], None]
 
@@ -63,6 +63,8 @@ class ShardConfig:
     """zstd is smaller; lz4 decodes 1.4 times as fast for 25 % more bytes."""
     level: int = 5
     """Of the codec, 1..9."""
+    faces: Literal["refuse", "allow"] = "refuse"
+    """Whether volumes known to show a face may enter; diffusion is too coarse to tell."""
 
     def __post_init__(self) -> None:
         limits = {"studies_per_shard": (1, 10_000), "num_workers": (0, 10_000), "level": (1, 9)}
@@ -71,6 +73,8 @@ class ShardConfig:
                 raise ValueError(f"shard.{name}: must be {low}..{high}, got {getattr(self, name)}")
         if self.codec not in ("zstd", "lz4"):
             raise ValueError(f"shard.codec: must be zstd or lz4, got {self.codec!r}")
+        if self.faces not in ("refuse", "allow"):
+            raise ValueError(f"shard.faces: must be refuse or allow, got {self.faces!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,8 @@ class ShardSummary:
     num_shards: int
     num_reused: int
     """Shards kept from an earlier run."""
+    num_prepared: int
+    """Studies that this run prepared; the others were there already."""
     num_bytes: int
     fingerprint: str
 
@@ -96,7 +102,7 @@ def run_shard(
     *,
     on_progress: OnProgress | None = None,
 ) -> ShardSummary:
-    """Prepare every study of a manifest and write the volume store.
+    """Prepare every study of a manifest that is not there yet and write the volume store.
 
     Args:
         manifest_dir: What `run_scan` wrote.
@@ -107,73 +113,98 @@ def run_shard(
 
     Raises:
         ManifestError: If the manifest cannot be used.
-        ShardError: If every study was refused, or another job writes to `out_dir`.
+        ShardError: If every study was refused, the disk is full, or another job writes to
+            `out_dir`.
     """
     manifest = manifest_dir / "manifest.parquet"
     studies = read_manifest(manifest)
+    admitted, refused, dropped = admit(studies, config.faces)
     out_dir = out_dir.resolve()
     out_dir.mkdir(parents=True, exist_ok=True)
-    with _exclusive(out_dir):
-        tasks = _plan(studies, manifest_dir, out_dir, prepare, config)
-        _remove_stale(out_dir, tasks)
-        run = _run_on_ray if config.num_workers > 1 else _run_here
+    origin = _origin(prepare, config)
+    with exclusive(out_dir):
+        earlier = read_layout(out_dir)
+        layout = deal(earlier, origin, [study.study_id for study in admitted])
+        if layout != earlier:
+            write_layout(layout, out_dir)
+        remove_stale(out_dir, layout)
+        tasks = _tasks(layout, admitted, manifest_dir, out_dir, prepare, config)
+        start_s = time.monotonic()
+        run = run_on_ray if config.num_workers > 1 else _run_here
         receipts = run(tasks, config.num_workers, on_progress or (lambda done, total: None))
-        origin = {
-            "manifest_fingerprint": manifest_fingerprint(manifest),
-            "prepare": asdict(prepare),
-            "shard": {
-                "studies_per_shard": config.studies_per_shard,
-                "codec": config.codec,
-                "level": config.level,
-            },
-        }
-        return _finish(studies, receipts, out_dir, origin)
+        _write_cost(receipts, out_dir, config.num_workers, time.monotonic() - start_s)
+        outcome = Outcome(
+            splits={study.study_id: study.split for study in studies},
+            receipts=tuple(receipts),
+            refused=(*refused, *(r for receipt in receipts for r in receipt.refused)),
+            dropped=tuple(dropped),
+        )
+        fingerprint = commit_dataset(out_dir, outcome, manifest_fingerprint(manifest), origin)
+        return _summary(outcome, fingerprint)
 
 
-def _plan(
+@contextmanager
+def exclusive(out_dir: Path) -> Iterator[None]:
+    """Hold the folder for one writer; the lock ends with the process, however it ends."""
+    with (out_dir / LOCK_NAME).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ShardError(
+                f"sharding: {out_dir} is being written by another process; wait for it to end, or "
+                "choose another folder",
+                code="shards_locked",
+            ) from error
+        yield
+
+
+def remove_stale(out_dir: Path, layout: Layout) -> None:
+    """Remove what killed runs and other layouts left; touches only names that shards have."""
+    tars = {out_dir / name for name in layout.shards}
+    receipts = {receipt_path(path) for path in tars}
+    kept = tars | receipts | {path.with_suffix(".json.next") for path in receipts}
+    for path in sorted(out_dir.iterdir()):
+        is_ours = SHARD_FILES.fullmatch(path.name) or TEMPORARY.fullmatch(path.name)
+        if is_ours and path not in kept:
+            if path.suffix == ".tar":
+                withdraw_dataset(out_dir)
+            logger.info("removing %s, left by an earlier run", path.name)
+            path.unlink()
+
+
+def _origin(prepare: PrepareConfig, config: ShardConfig) -> dict[str, Any]:
+    """Return the settings as they come back from JSON, without who does the work."""
+    shard = asdict(config)
+    del shard["num_workers"]
+    values: dict[str, Any] = json.loads(json.dumps({"prepare": asdict(prepare), "shard": shard}))
+    return values
+
+
+def _tasks(
+    layout: Layout,
     studies: Sequence[Study],
     manifest_dir: Path,
     out_dir: Path,
     prepare: PrepareConfig,
     config: ShardConfig,
 ) -> list[ShardTask]:
-    """Deal the studies, in the order of a hash of their ids, into shards."""
     files: dict[str, dict[str, Path]] = {}
     for (study_id, part), path in read_locations(manifest_dir).items():
         files.setdefault(study_id, {})[part] = path
-    order = sorted(studies, key=lambda s: hashlib.sha256(s.study_id.encode()).hexdigest())
-    tasks = []
-    for number, first in enumerate(range(0, len(order), config.studies_per_shard)):
-        group = tuple(order[first : first + config.studies_per_shard])
-        tasks.append(
-            ShardTask(
-                path=out_dir / f"shard-{number:06d}.tar",
-                plan_key=_plan_key(group, prepare, config),
-                studies=group,
-                locations={s.study_id: files.get(s.study_id, {}) for s in group},
-                prepare=prepare,
-                codec=config.codec,
-                level=config.level,
-            )
+    by_id: Mapping[str, Study] = {study.study_id: study for study in studies}
+    key = layout.key
+    return [
+        ShardTask(
+            path=out_dir / name,
+            studies=tuple(by_id[study_id] for study_id in held),
+            keys={study_id: study_key(by_id[study_id], key) for study_id in held},
+            locations={study_id: files.get(study_id, {}) for study_id in held},
+            prepare=prepare,
+            codec=config.codec,
+            level=config.level,
         )
-    return tasks
-
-
-def _plan_key(studies: Sequence[Study], prepare: PrepareConfig, config: ShardConfig) -> str:
-    content = [
-        [SCHEMA_VERSION, RECORD_SCHEMA_VERSION, PREPARE_VERSION, config.codec, config.level],
-        asdict(prepare),
-        [_identity(study) for study in studies],
+        for name, held in layout.shards.items()
     ]
-    return sha256_json(content)
-
-
-def _identity(study: Study) -> dict[str, Any]:
-    """Return the manifest row as plain values, without where its files lie."""
-    values = asdict(study)
-    for part in [*values["volumes"], *([values["label"]] if study.label else [])]:
-        del part["location"]
-    return values
 
 
 def _run_here(
@@ -189,116 +220,31 @@ def _run_here(
     return [build_shard(task, on_study) for task in tasks]
 
 
-def _run_on_ray(
-    tasks: Sequence[ShardTask], num_workers: int, on_progress: OnProgress
-) -> list[ShardReceipt]:
-    """Run one Ray task per shard, `num_workers` in flight; receipts in the order of the tasks."""
-    if "RAY_ADDRESS" not in os.environ:
-        # A cluster of our own: only who knows this token may talk to it. Read when Ray is imported.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
-
-    total, done = sum(len(task.studies) for task in tasks), 0
-    receipts: dict[int, ShardReceipt] = {}
-    with _ray_cluster(num_workers):
-        remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(build_shard)
-        waiting = list(enumerate(tasks))[::-1]
-        running: dict[Any, int] = {}
-        while waiting or running:
-            while waiting and len(running) < num_workers:
-                number, task = waiting.pop()
-                running[remote.remote(task)] = number
-            ready, _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(ready[0])
-            receipts[number] = ray.get(ready[0])
-            done += len(tasks[number].studies)
-            on_progress(done, total)
-    return [receipts[number] for number in range(len(tasks))]
+def _write_cost(
+    receipts: Sequence[ShardReceipt], out_dir: Path, num_workers: int, wall_s: float
+) -> None:
+    """Record what preparing a study cost, for `plan` to extrapolate; kept if nothing was made."""
+    num_prepared = sum(receipt.num_prepared for receipt in receipts)
+    if num_prepared:
+        cost = {
+            "studies": num_prepared,
+            "cpu_s_per_study": sum(receipt.cpu_s for receipt in receipts) / num_prepared,
+            "wall_s_per_study": wall_s / num_prepared,
+            "num_workers": max(1, num_workers),
+        }
+        write_checked(out_dir / COST_NAME, (json.dumps(cost, indent=1) + "\n").encode())
 
 
-@contextmanager
-def _ray_cluster(num_workers: int) -> Iterator[None]:
-    """Use the Ray this process is in or `RAY_ADDRESS` names; else a local one, ended afterwards."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    folder = Path(tempfile.mkdtemp(prefix="ac-shard-", dir="/tmp"))
-    try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=num_workers,
-                include_dashboard=False,
-                log_to_driver=False,
-                _temp_dir=str(folder),
-            )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _finish(
-    studies: Sequence[Study],
-    receipts: Sequence[ShardReceipt],
-    out_dir: Path,
-    origin: dict[str, Any],
-) -> ShardSummary:
-    """Write the refusals, then commit the data set; fail if nothing is left."""
-    refused = [refusal for receipt in receipts for refusal in receipt.refused]
-    write_ledger(
-        [refuse("", r.code, r.reason, study_id=r.study_id) for r in refused],
-        out_dir / REJECTS_NAME,
-    )
-    by_code = dict(sorted(Counter(refusal.code for refusal in refused).items()))
-    if len(refused) == len(studies):
-        withdraw_dataset(out_dir)
-        raise ShardError(
-            f"sharding: at least one study must be prepared, refused all {len(studies)} "
-            f"({by_code}); the reasons are in {out_dir / REJECTS_NAME}",
-            code="all_refused",
-        )
-    fingerprint = commit_dataset(out_dir, studies, receipts, origin)
-    written = [receipt for receipt in receipts if receipt.sha256]
+def _summary(outcome: Outcome, fingerprint: str) -> ShardSummary:
+    written = [receipt for receipt in outcome.receipts if receipt.sha256]
     return ShardSummary(
-        num_studies=len(studies),
-        num_sharded=len(studies) - len(refused),
-        num_refused=len(refused),
-        refused_by_code=by_code,
+        num_studies=len(outcome.splits),
+        num_sharded=len(outcome.splits) - len(outcome.refused),
+        num_refused=len(outcome.refused),
+        refused_by_code=outcome.refused_by_code(),
         num_shards=len(written),
         num_reused=sum(receipt.is_reused for receipt in written),
+        num_prepared=sum(receipt.num_prepared for receipt in outcome.receipts),
         num_bytes=sum(receipt.bytes for receipt in written),
         fingerprint=fingerprint,
     )
-
-
-@contextmanager
-def _exclusive(out_dir: Path) -> Iterator[None]:
-    """Hold the folder for one writer; the lock ends with the process, however it ends."""
-    with (out_dir / LOCK_NAME).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(
-                f"sharding: {out_dir} is being written by another process; wait for it to end, or "
-                "choose another folder",
-                code="shards_locked",
-            ) from error
-        yield
-
-
-def _remove_stale(out_dir: Path, tasks: Sequence[ShardTask]) -> None:
-    """Remove what killed runs and longer plans left; touches only names that shards have."""
-    planned = {path for task in tasks for path in (task.path, receipt_path(task.path))}
-    for path in sorted(out_dir.iterdir()):
-        if OWN_FILES.fullmatch(path.name) and path not in planned:
-            if path.suffix in (".tar", ".json"):
-                withdraw_dataset(out_dir)
-            logger.info("removing %s, left by an earlier run", path.name)
-            path.unlink()

@@ -8,10 +8,12 @@ is written whole or not at all, `study.json` last, so a study without it is torn
 import hashlib
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from anycontrast_datasets.disk import full_disk_named
 from anycontrast_datasets.files import sync_path
 from anycontrast_datasets.record_json import record_to_json
 from anycontrast_datasets.store.codec import CodecName, Codes, checksum, encode
@@ -31,6 +33,9 @@ class ShardWriter:
         path: Final name, `shard-000000.tar`.
         codec: Compressor of the voxels.
         level: Of the compressor, 1..9.
+
+    Raises:
+        ShardError: From any method that writes, code `disk_full`.
     """
 
     def __init__(self, path: Path, *, codec: CodecName = "zstd", level: int = 5) -> None:
@@ -43,7 +48,7 @@ class ShardWriter:
         self._offset = 0
 
     def __enter__(self) -> Self:
-        self._file = self._temporary.open("wb")
+        self._file = self._temporary.open("wb", buffering=0)
         return self
 
     def __exit__(
@@ -74,40 +79,63 @@ class ShardWriter:
         for contrast in record.contrasts:
             codes = arrays.codes[contrast]
             assert codes.shape == record.shape, (codes.shape, record.shape)
-            self._add_voxels(key, contrast, f"{key}.{contrast.lower()}.i16b2", codes)
+            self._add_voxels(key, contrast, codes)
         if arrays.label is not None:
-            self._add_voxels(key, LABEL_MEMBER, f"{key}.label.u8b2", arrays.label)
+            self._add_voxels(key, LABEL_MEMBER, arrays.label)
         text = record_to_json(record)
-        self._add_member(
-            key, RECORD_MEMBER, f"{key}.{RECORD_MEMBER}", text.encode(), (), "json", text
-        )
+        self._add_member(key, RECORD_MEMBER, text.encode(), (), "json", text)
 
-    def commit(self) -> str:
-        """Close the archive, make it durable, give it its name; return its sha256."""
+    def add_stored(self, rows: Sequence[MemberRow], payloads: Sequence[bytes]) -> None:
+        """Append a study as another shard holds it: the bytes that `add` would write again.
+
+        Args:
+            rows: Every member of the study, in order, the record last.
+            payloads: Their bytes, already compared with the rows' checksums.
+        """
+        for row, payload in zip(rows, payloads, strict=True):
+            assert len(payload) == row.bytes, row
+            self._add_member(row.study_id, row.contrast, payload, row.shape, row.dtype, row.record)
+
+    def finish(self) -> str:
+        """End the archive and make its bytes durable, still unnamed; return its sha256."""
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self._offset + end) % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with full_disk_named(self.path, self._offset):
+            os.fsync(self._file.fileno())
         self._file.close()
-        self._temporary.replace(self.path)
-        sync_path(self.path.parent)
         return self._digest.hexdigest()
 
-    def _add_voxels(self, key: str, contrast: str, member: str, voxels: Codes) -> None:
+    def publish(self) -> None:
+        """Give the finished archive its name, in place of any earlier one."""
+        assert self._file.closed, "finish() comes first"
+        self._temporary.replace(self.path)
+        sync_path(self.path.parent)
+
+    def commit(self) -> str:
+        """Finish and publish; return the sha256."""
+        sha256 = self.finish()
+        self.publish()
+        return sha256
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the archive so far."""
+        return self._offset
+
+    def _add_voxels(self, key: str, contrast: str, voxels: Codes) -> None:
         payload = encode(voxels, name=self._codec, level=self._level)
-        self._add_member(key, contrast, member, payload, voxels.shape, voxels.dtype.name, None)
+        self._add_member(key, contrast, payload, voxels.shape, voxels.dtype.name, None)
 
     def _add_member(
         self,
         key: str,
         contrast: str,
-        member: str,
         payload: bytes,
         shape: tuple[int, ...],
         dtype: str,
         record: str | None,
     ) -> None:
-        header = tarfile.TarInfo(member)
+        header = tarfile.TarInfo(_member_name(key, contrast))
         header.size, header.mode = len(payload), 0o644
         self._write(header.tobuf(format=tarfile.USTAR_FORMAT))
         row = MemberRow(
@@ -126,6 +154,16 @@ class ShardWriter:
         self.rows.append(row)
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
+        with full_disk_named(self.path, len(content)):
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self._digest.update(content)
         self._offset += len(content)
+
+
+def _member_name(key: str, contrast: str) -> str:
+    if contrast == RECORD_MEMBER:
+        return f"{key}.{RECORD_MEMBER}"
+    kind = "u8b2" if contrast == LABEL_MEMBER else "i16b2"
+    return f"{key}.{contrast.lower()}.{kind}"

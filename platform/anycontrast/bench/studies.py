@@ -13,13 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.intensity import encode, pack_occupancy
-from anycontrast_datasets.shard_commit import commit_dataset
-from anycontrast_datasets.shard_task import ShardReceipt
-from anycontrast_datasets.store.volume_index import DATASET_NAME
-from anycontrast_datasets.store.volume_writer import ShardWriter
-from anycontrast_datasets.study import Study, StudyArrays, StudyRecord, Volume, VolumeRecord
+from anycontrast_datasets.shard_commit import write_arrays
+from anycontrast_datasets.store.volume_index import DATASET_NAME, SCHEMA_VERSION
+from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
 from anycontrast_datasets.volume import write_volume
 
 logger = logging.getLogger(__name__)
@@ -63,34 +60,14 @@ def bench_studies(folder: Path, num_studies: int) -> BenchStudies:
         ManifestError: If nilearn, whose tissue maps are used, is not installed.
     """
     root = folder / f"studies-{FORMAT}"
-    store = folder / f"store-{FORMAT}-{num_studies}"
+    store = folder / f"store-{FORMAT}-{SCHEMA_VERSION}-{num_studies}"
     for number in range(num_studies):
         if not all(path.is_file() for path in _paths(root, number).values()):
             logger.info("making study %d of %d", number + 1, num_studies)
             _write_files(root, number)
     if not (store / DATASET_NAME).is_file():
-        write_store(store, [_arrays(root, number) for number in range(num_studies)])
+        write_arrays(store, [[_arrays(root, number) for number in range(num_studies)]])
     return BenchStudies(tuple(_paths(root, n) for n in range(num_studies)), store)
-
-
-def write_store(folder: Path, studies: list[StudyArrays]) -> None:
-    """Write prepared studies into a volume store of one shard."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "shard-000000.tar"
-    with ShardWriter(path) as writer:
-        for arrays in studies:
-            writer.add(arrays)
-        sha256 = writer.commit()
-    receipt = ShardReceipt(
-        shard=path.name,
-        plan_key="",
-        sha256=sha256,
-        bytes=path.stat().st_size,
-        members=tuple(writer.rows),
-        refused=(),
-    )
-    assert sha256 == sha256_file(path)
-    commit_dataset(folder, [_study(arrays.record) for arrays in studies], [receipt], {})
 
 
 def coded_study(
@@ -216,25 +193,3 @@ def _arrays(root: Path, number: int) -> StudyArrays:
 
     volumes = {name: read_volume(path).array for name, path in _paths(root, number).items()}
     return coded_study(f"bench-{number:03d}", volumes, AFFINE)
-
-
-def _study(record: StudyRecord) -> Study:
-    """Return the manifest row that a record came from, as far as a store needs it."""
-    volumes = tuple(
-        Volume(
-            contrast=volume.contrast,
-            location="",
-            shape=record.shape,
-            spacing_mm=record.spacing_mm,
-            affine=record.affine,
-        )
-        for volume in record.volumes
-    )
-    return Study(
-        study_id=record.study_id,
-        dataset=record.dataset,
-        subject_id=record.subject_id,
-        session_id=record.session_id,
-        split=record.split,
-        volumes=volumes,
-    )
