@@ -12,21 +12,27 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from anycontrast_datasets.store.byte_source import ByteSource
 from anycontrast_datasets.study import ShardError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 had a fingerprint that depended on the layout."""
+KIND = "volume"
+"""Of a store whose `dataset.json` names none."""
 INDEX_NAME = "index.parquet"
 DATASET_NAME = "dataset.json"
 RECORD_MEMBER = "study.json"
 LABEL_MEMBER = "label"
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 """Study ids that may become a member name: webdataset cuts a key at the first dot."""
+MAX_DATASET_BYTES = 64 * 2**20
+MAX_INDEX_BYTES = 4 * 2**30
+"""Limits on tables that come from outside; a million studies need a quarter of them."""
 AGAIN = "run `anycontrast shard` again"
 
 INDEX_SCHEMA = pa.schema(
@@ -84,54 +90,71 @@ def index_bytes(rows: Sequence[MemberRow]) -> bytes:
     return buffer.getvalue()
 
 
-def read_dataset(root: Path) -> dict[str, Any]:
-    """Read `dataset.json` of a sharded data set.
+def read_dataset(source: ByteSource) -> dict[str, Any]:
+    """Read `dataset.json` of a store of any kind; the schema is checked for volume stores only.
 
     Raises:
-        ShardError: If it is missing, damaged, or of a newer schema.
+        ShardError: If it is missing, damaged, or a volume store of another schema.
     """
-    path = root / DATASET_NAME
-    if not path.is_file():
-        raise ShardError(
-            f"opening shards: {root} must hold {DATASET_NAME}, which is written last, and does "
-            f"not; {AGAIN} (finished shards are kept), or point at the folder it wrote"
-        )
+    where = f"{source.shown}/{DATASET_NAME}"
     try:
-        values = json.loads(path.read_bytes())
+        content = source.read_all(DATASET_NAME, MAX_DATASET_BYTES)
+    except FileNotFoundError:
+        raise ShardError(
+            f"opening shards: {source.shown} must hold {DATASET_NAME}, which is written last, and "
+            f"does not; {AGAIN} (finished shards are kept), or point at the folder it wrote"
+        ) from None
+    try:
+        values = json.loads(content)
+        if values.get("kind", KIND) != KIND:
+            return dict(values)
         version = int(values["schema_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"opening shards: {path} is damaged ({error}); {AGAIN}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(f"opening shards: {where} is damaged ({error}); {AGAIN}") from error
     if version > SCHEMA_VERSION:
         raise ShardError(
-            f"opening shards: {path} has schema version {version}, newer than {SCHEMA_VERSION}, "
+            f"opening shards: {where} has schema version {version}, newer than {SCHEMA_VERSION}, "
             f"the newest this installation reads; upgrade anycontrast or {AGAIN}"
         )
-    if not isinstance(values, dict):
-        raise ShardError(f"opening shards: {path} must hold an object; {AGAIN}")
-    return values
+    if version < SCHEMA_VERSION:
+        raise ShardError(
+            f"opening shards: {where} has schema version {version}, from before {SCHEMA_VERSION}, "
+            f"the only one this installation reads; {AGAIN}"
+        )
+    return dict(values)
 
 
-def read_index(root: Path, sha256: str) -> pa.Table:
+def read_index(source: ByteSource, sha256: str) -> pa.Table:
     """Read `index.parquet` as a table with the columns of `INDEX_SCHEMA`.
 
     Args:
-        root: Folder of the shards.
+        source: Where the store lies.
         sha256: Of the index, from `dataset.json`.
 
     Raises:
         ShardError: If it is missing or is not the index that was written.
     """
-    path = root / INDEX_NAME
-    if not path.is_file():
-        raise ShardError(f"opening shards: the index {path} is missing; {AGAIN}")
-    content = path.read_bytes()
+    where = f"{source.shown}/{INDEX_NAME}"
+    try:
+        content = source.read_all(INDEX_NAME, MAX_INDEX_BYTES)
+    except FileNotFoundError:
+        raise ShardError(f"opening shards: the index {where} is missing; {AGAIN}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ShardError(
-            f"opening shards: the index {path} must have sha256 {sha256[:16]}, found "
+            f"opening shards: the index {where} must have sha256 {sha256[:16]}, found "
             f"{found[:16]}; {AGAIN}"
         )
-    return pq.read_table(io.BytesIO(content)).combine_chunks()
+    try:
+        file = pq.ParquetFile(io.BytesIO(content))
+        groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > MAX_INDEX_BYTES:
+            raise ShardError(f"opening shards: the index {where} unpacks to too much; {AGAIN}")
+        return file.read(columns=INDEX_SCHEMA.names).cast(INDEX_SCHEMA).combine_chunks()
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise ShardError(
+            f"opening shards: the index {where} is not one of ours ({error}); {AGAIN}"
+        ) from error
 
 
 def sha256_json(values: object) -> str:

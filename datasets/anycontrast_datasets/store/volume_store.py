@@ -1,32 +1,36 @@
 """The volume store: studies out of tar shards by byte range, every byte checked.
 
-In: the folder `shard.py` wrote. Out: `StudyArrays`. One study is one `pread` of adjacent members,
-one checksum each, and one blosc decode straight into the array that is handed out: 22 ms of CPU and
-14 MB for four contrasts of 160 x 192 x 160, against 33 ms through a tar reader. Nothing is taken
-from the tar's own headers; a tar that was cut, shifted or swapped cannot pass for a study with
-fewer contrasts, because the index says what each study has.
+In: the shards `shard.py` wrote, in a folder or behind an address. Out: `StudyArrays`, a crop, or
+patches. One study is one read of adjacent members, one checksum each, and one blosc decode straight
+into the array that is handed out: 22 ms of CPU and 14 MB for four contrasts of 160 x 192 x 160,
+against 33 ms through a tar reader. Nothing is taken from the tar's own headers; a tar that was cut,
+shifted or swapped cannot pass for a study with fewer contrasts, because the index says what each
+study has. Bytes from an address that prove wrong are asked for again before they are an error.
 
-Threads share one store: a shard is opened for each read (5 us), so no file position, no descriptor
-and no buffer is shared, and a fork or a pickle of the store needs no care.
+Threads share one store; a fork or a pickle of it needs no care.
 """
 
-import os
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
-from anycontrast_datasets.files import sha256_file
-from anycontrast_datasets.record_json import record_from_json
+from anycontrast_datasets.store.byte_source import ByteSource, LocalSource
+from anycontrast_datasets.store.cache import CacheConfig, CachedSource
 from anycontrast_datasets.store.codec import checksum, decode_into
+from anycontrast_datasets.store.index_check import check_index, check_shards, study_spans
+from anycontrast_datasets.store.partial import clip_box, crop_arrays, gather_patches
+from anycontrast_datasets.store.slots import scratch_array, slot_array
+from anycontrast_datasets.store.study_records import StudyRecords
+from anycontrast_datasets.store.verify import verify_shards
 from anycontrast_datasets.store.volume_index import (
     AGAIN,
     LABEL_MEMBER,
-    RECORD_MEMBER,
     MemberRow,
     member_from_dict,
     read_dataset,
@@ -34,45 +38,68 @@ from anycontrast_datasets.store.volume_index import (
 )
 from anycontrast_datasets.study import ShardError, StudyArrays, StudyRecord
 
+logger = logging.getLogger(__name__)
+
+Vox3 = tuple[int, int, int]
+Codes = npt.NDArray[np.int16]
+
 
 class VolumeStore:
-    """A finished folder of shards.
+    """A finished set of shards.
 
     Args:
-        root: Folder with `dataset.json`, `index.parquet` and the shards.
+        source: Folder, or source of the files: `dataset.json`, `index.parquet` and the shards.
+        dataset: What `dataset.json` holds, if it has been read.
+        cache: Where to keep the studies' bytes; None, or one without a folder, keeps nothing.
 
     Raises:
-        ShardError: If `dataset.json` or the index is missing, damaged or of a newer schema, or a
-            shard is missing or has not the size that was written.
+        ShardError: If `dataset.json` or the index is missing, damaged or of another schema, a
+            shard of a local folder is missing or has not the size that was written, or the cache
+            cannot be used.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.dataset = read_dataset(root)
-        self._index = read_index(root, str(self.dataset["index_sha256"]))
-        is_record = pc.equal(self._index["contrast"], RECORD_MEMBER).to_numpy()
-        self._ends = np.flatnonzero(is_record) + 1
-        for shard in self.dataset["shards"]:
-            problem = self._size_problem(shard["name"], shard["bytes"])
-            if problem:
-                raise ShardError(f"opening shards: {problem}")
+    def __init__(
+        self,
+        source: ByteSource | Path,
+        *,
+        dataset: dict[str, Any] | None = None,
+        cache: CacheConfig | None = None,
+    ) -> None:
+        self._origin: ByteSource = LocalSource(source) if isinstance(source, Path) else source
+        self._source = self._origin
+        self.dataset = read_dataset(self._source) if dataset is None else dataset
+        shown = self._source.shown
+        self._shards = check_shards(self.dataset.get("shards"), shown)
+        self._index = read_index(self._source, str(self.dataset.get("index_sha256")))
+        self._ends = check_index(self._index, self._shards, shown)
+        if self._source.is_local:
+            self._check_sizes()
+        if cache is not None and cache.folder is not None:
+            starts, stops = study_spans(self._index, self._ends)
+            hashes = {str(s["name"]): str(s["sha256"]) for s in self.dataset["shards"]}
+            largest_bytes = int((stops - starts).max(initial=0))
+            self._source = CachedSource(self._source, cache, hashes, largest_bytes)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     @property
     def fingerprint(self) -> str:
-        """Hash over the shards' hashes and the order of the studies."""
+        """Names the content and the order of the studies."""
         return str(self.dataset["fingerprint"])
 
     @cached_property
-    def records(self) -> tuple[StudyRecord, ...]:
-        """Every study, in manifest order; parsed on first use."""
-        texts = self._index["record"].take(self._ends - 1).to_pylist()
-        return tuple(record_from_json(text) for text in texts)
+    def records(self) -> StudyRecords:
+        """Every study, in manifest order; parsed when asked for."""
+        return StudyRecords(self._index["record"].take(self._ends - 1), self._contrasts)
 
     def read(
-        self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
+        self,
+        index: int,
+        *,
+        contrasts: Sequence[str] | None = None,
+        label: bool = False,
+        out: Mapping[str, Codes] | None = None,
     ) -> StudyArrays:
         """Return one study.
 
@@ -81,46 +108,112 @@ class VolumeStore:
             contrasts: Names to read, all of which the study has; None reads every one. The result
                 keeps the stored order, and its record lists only these.
             label: Read the label too, if the study has one.
+            out: Contrast -> int16 memory to decode into, see `slots.slot_array`; the codes
+                returned lie in it and change when it is used again.
 
         Raises:
             ShardError: If a shard cannot be read, a byte is not the one that was written, or the
                 members do not match the study's record. Names shard, study and member.
             IndexError: If there is no such study.
+            ValueError: If a slot does not fit.
         """
         rows = self._members(index)
-        record = self._record(rows)
-        names = self._wanted(record, contrasts)
+        record = self._record(index, rows)
+        names = _wanted(record, contrasts)
         wanted = [r for r in rows[:-1] if r.contrast in names or (label and r.contrast == "label")]
-        blocks = self._read_rows(wanted, rows[-1])
-        codes: dict[str, npt.NDArray[np.int16]] = {}
+        codes: dict[str, Codes] = {}
         stored_label: npt.NDArray[np.uint8] | None = None
-        for row, block in zip(wanted, blocks, strict=True):
+        for row, block in self._fetch(wanted, rows):
             if row.contrast == LABEL_MEMBER:
                 stored_label = np.empty(row.shape, dtype=np.uint8)
                 _decode(row, block, stored_label)
             else:
-                codes[row.contrast] = np.empty(row.shape, dtype=np.int16)
+                codes[row.contrast] = slot_array(out, row.contrast, row.shape)
                 _decode(row, block, codes[row.contrast])
         if len(names) < len(record.volumes):
             kept = tuple(volume for volume in record.volumes if volume.contrast in names)
             record = replace(record, volumes=kept)
         return StudyArrays(record=record, codes=codes, label=stored_label)
 
+    def read_crop(
+        self,
+        index: int,
+        start_vox: Vox3,
+        size_vox: Vox3,
+        *,
+        contrasts: Sequence[str] | None = None,
+        label: bool = False,
+    ) -> StudyArrays:
+        """Return the part of a study inside a box; the record's shape stays the whole study's.
+
+        Whole volumes are decoded and cut: at the size of a brain that beats chunks.
+
+        Raises:
+            ShardError: As `read`.
+            ValueError: If the box lies outside, see `partial.clip_box`.
+        """
+        clip_box(self.records[index].shape, start_vox, size_vox)
+        arrays = self.read(index, contrasts=contrasts, label=label)
+        return crop_arrays(arrays, start_vox, size_vox)
+
+    def read_patches(
+        self, index: int, patch_vox: Vox3, patches: Mapping[str, npt.NDArray[np.int64]]
+    ) -> dict[str, Codes]:
+        """Return [N, P] int16 per contrast, in stored order; see `StudyStore.read_patches`.
+
+        Raises:
+            ShardError: As `read`.
+            ValueError: If an index lies outside the patch grid.
+        """
+        return {
+            name: gather_patches(codes_XYZ, patch_vox, patches[name])
+            for name, codes_XYZ in self.volumes(index, tuple(patches))
+        }
+
+    def volumes(self, index: int, contrasts: Sequence[str]) -> Iterator[tuple[str, Codes]]:
+        """Yield `(contrast, [X, Y, Z] int16)` one after the other, in stored order.
+
+        Every volume lies in the same memory of this thread: use it before asking for the next.
+
+        Raises:
+            ShardError: As `read`.
+        """
+        rows = self._members(index)
+        names = _wanted(self._record(index, rows), contrasts)
+        for row, block in self._fetch([r for r in rows[:-1] if r.contrast in names], rows):
+            codes_XYZ = scratch_array(row.shape)
+            _decode(row, block, codes_XYZ)
+            yield row.contrast, codes_XYZ
+
     def verify(self) -> list[str]:
         """Hash every shard; return one line per shard that is not what was written."""
-        problems = []
-        for shard in self.dataset["shards"]:
-            problem = self._size_problem(shard["name"], shard["bytes"])
-            if not problem:
-                found = sha256_file(self.root / shard["name"])
-                if found != shard["sha256"]:
-                    problem = (
-                        f"shard {shard['name']}: must have sha256 {shard['sha256'][:16]}, "
-                        f"found {found[:16]}; {AGAIN}"
-                    )
-            if problem:
-                problems.append(problem)
-        return problems
+        return verify_shards(self._origin, self.dataset["shards"])
+
+    def close(self) -> None:
+        """Release what is held open; reading again opens it again."""
+        self._source.close()
+
+    def _check_sizes(self) -> None:
+        for name, num_bytes in self._shards.items():
+            try:
+                found = self._source.size(name)
+            except FileNotFoundError:
+                raise ShardError(
+                    f"opening shards: shard {name}: missing from {self._source.shown}; {AGAIN}"
+                ) from None
+            if found != num_bytes:
+                raise ShardError(
+                    f"opening shards: shard {name}: must have {num_bytes} bytes, found {found}; "
+                    f"{AGAIN}"
+                )
+
+    def _contrasts(self) -> tuple[tuple[str, ...], ...]:
+        names = self._index["contrast"].to_pylist()
+        starts = [0, *self._ends[:-1].tolist()]
+        return tuple(
+            tuple(name for name in names[start : end - 1] if name != LABEL_MEMBER)
+            for start, end in zip(starts, self._ends.tolist(), strict=True)
+        )
 
     def _members(self, index: int) -> list[MemberRow]:
         if not 0 <= index < len(self._ends):
@@ -129,10 +222,9 @@ class VolumeStore:
         rows = self._index.slice(first, int(self._ends[index]) - first).to_pylist()
         return [member_from_dict(row) for row in rows]
 
-    def _record(self, rows: list[MemberRow]) -> StudyRecord:
+    def _record(self, index: int, rows: list[MemberRow]) -> StudyRecord:
         """Return the record of a study after comparing it with the members that it should have."""
-        text = rows[-1].record
-        record = record_from_json(text or "")
+        record = self.records[index]
         expected = [(name, "int16") for name in record.contrasts]
         if record.has_label:
             expected.append((LABEL_MEMBER, "uint8"))
@@ -145,81 +237,69 @@ class VolumeStore:
             )
         return record
 
-    def _wanted(self, record: StudyRecord, contrasts: Sequence[str] | None) -> set[str]:
-        names = set(record.contrasts if contrasts is None else contrasts)
-        if not names or not names <= set(record.contrasts):
-            raise ShardError(
-                f"study {record.study_id}: has {list(record.contrasts)}, asked for "
-                f"{sorted(names)}; ask for contrasts of its record",
-                code="missing_contrast",
-            )
-        return names
+    def _fetch(
+        self, wanted: list[MemberRow], rows: list[MemberRow]
+    ) -> list[tuple[MemberRow, memoryview]]:
+        """Read the wanted members and the record; ask again for bytes that prove wrong."""
+        for attempt in range(1, self._source.tries + 1):
+            parts = self._read_parts(wanted, rows, again=attempt > 1)
+            problem = _problem(wanted, rows[-1], parts)
+            if not problem:
+                return list(zip(wanted, parts[:-1], strict=True))
+            if attempt < self._source.tries:
+                logger.warning("%s; asking again", problem)
+        raise ShardError(f"{problem}; the shard was damaged after it was written; {AGAIN}")
 
-    def _read_rows(self, wanted: list[MemberRow], record_row: MemberRow) -> list[memoryview]:
-        """Read the span of the wanted members and the record; compare every checksum."""
-        start = wanted[0].offset
-        span_end = wanted[-1].offset + wanted[-1].bytes
+    def _read_parts(
+        self, wanted: list[MemberRow], rows: list[MemberRow], *, again: bool
+    ) -> list[memoryview]:
+        """Return the bytes of the wanted members, then those of the record: one read or two."""
+        record_row = rows[-1]
+        start, span_end = wanted[0].offset, wanted[-1].offset + wanted[-1].bytes
         end = record_row.offset + record_row.bytes
-        path = self.root / record_row.shard
+        unit = (rows[0].offset, end)
+        name, source = record_row.shard, self._source
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(
-                f"{_where(record_row)}: cannot open {path} ({error}); {AGAIN}"
-            ) from error
-        try:
-            if end - span_end <= 4 * record_row.bytes:
-                block = _pread(handle, start, end, record_row)
+            if not source.is_local or end - span_end <= 4 * record_row.bytes:
+                block = source.read(name, start, end, unit=unit, again=again)
                 text = block[record_row.offset - start :]
             else:
-                block = _pread(handle, start, span_end, record_row)
-                text = _pread(handle, record_row.offset, end, record_row)
-        finally:
-            os.close(handle)
+                block = source.read(name, start, span_end, unit=unit, again=again)
+                text = source.read(name, record_row.offset, end, unit=unit, again=again)
+        except ShardError as error:
+            remedy = f"; {AGAIN}" if source.is_local else ""
+            raise ShardError(f"{_where(record_row)}: {error}{remedy}", code=error.code) from error
         parts = [block[row.offset - start : row.offset - start + row.bytes] for row in wanted]
-        for row, part in zip([*wanted, record_row], [*parts, text], strict=True):
-            found = checksum(part)
-            if found != row.xxh3_64:
-                raise ShardError(
-                    f"{_where(row)}: xxh3 must be {row.xxh3_64}, found {found}; the shard was "
-                    f"damaged after it was written; {AGAIN}"
-                )
-        if bytes(text).decode() != record_row.record:
-            raise ShardError(f"{_where(record_row)}: differs from the record in the index; {AGAIN}")
-        return parts
+        return [*parts, text]
 
-    def _size_problem(self, name: str, num_bytes: int) -> str:
-        path = self.root / name
-        if not path.is_file():
-            return f"shard {name}: missing from {self.root}; {AGAIN}"
-        found = path.stat().st_size
-        if found != num_bytes:
-            return f"shard {name}: must have {num_bytes} bytes, found {found}; {AGAIN}"
-        return ""
+
+def _wanted(record: StudyRecord, contrasts: Sequence[str] | None) -> set[str]:
+    names = set(record.contrasts if contrasts is None else contrasts)
+    if not names or not names <= set(record.contrasts):
+        raise ShardError(
+            f"study {record.study_id}: has {list(record.contrasts)}, asked for "
+            f"{sorted(names)}; ask for contrasts of its record",
+            code="missing_contrast",
+        )
+    return names
+
+
+def _problem(wanted: list[MemberRow], record_row: MemberRow, parts: list[memoryview]) -> str:
+    """Compare every checksum, and the record with the index; return what is wrong, or nothing."""
+    for row, part in zip([*wanted, record_row], parts, strict=True):
+        found = checksum(part)
+        if found != row.xxh3_64:
+            return f"{_where(row)}: xxh3 must be {row.xxh3_64}, found {found}"
+    if bytes(parts[-1]) != (record_row.record or "").encode():
+        return f"{_where(record_row)}: differs from the record in the index"
+    return ""
 
 
 def _where(row: MemberRow) -> str:
     return f"shard {row.shard}, study {row.study_id}, member {row.contrast}"
 
 
-def _pread(handle: int, start: int, end: int, row: MemberRow) -> memoryview:
-    """Read a byte range whole; a shard that ends inside it is an error."""
-    content = np.empty(end - start, dtype=np.uint8).data
-    done = 0
-    while done < len(content):
-        got = os.preadv(handle, [content[done:]], start + done)
-        if got == 0:
-            raise ShardError(
-                f"{_where(row)}: needs bytes {start} to {end}, the shard ends at {start + done}; "
-                f"it was cut after it was written; {AGAIN}"
-            )
-        done += got
-    return content
-
-
-def _decode(
-    row: MemberRow, block: memoryview, out: npt.NDArray[np.int16] | npt.NDArray[np.uint8]
-) -> None:
+def _decode(row: MemberRow, block: memoryview, out: Codes | npt.NDArray[np.uint8]) -> None:
     try:
         decode_into(block, out)
     except ValueError as error:
