@@ -103,7 +103,7 @@ def open_store(location: Path | str, *, cache: CacheConfig | None = None) -> Stu
     if kind == "zarr":
         from anycontrast_datasets.store.zarr_store import ZarrStore
 
-        return ZarrStore(source, dataset=dataset)
+        return ZarrStore(source, dataset=dataset, cache=cache if place.scheme else None)
     if kind != VOLUME:
         raise ShardError(
             f"opening shards: {place.shown} is a store of kind {str(kind)[:40]!r}, this "
