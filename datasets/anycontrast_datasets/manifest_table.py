@@ -1,7 +1,7 @@
 """The manifest as columns: a million studies opened, filtered and counted without one object each.
 
 In: a manifest file. Out: numpy and Arrow columns, one row per study or per volume. Opening decodes
-and verifies the few columns that filtering and planning need; every other column is decoded and
+and verifies the few columns that filtering needs; every other column is decoded and
 verified when it is first asked for. Row n is study n of `read_manifest`.
 """
 
@@ -28,8 +28,6 @@ OPENED = (
     "site",
     "contrast_set",
     "volumes.contrast",
-    "volumes.shape",
-    "volumes.spacing_mm",
 )
 """Columns that `ManifestTable.open` decodes and verifies."""
 

@@ -1,0 +1,130 @@
+"""Studies to packs of bounded size: first-fit-decreasing over pools, and even spreading.
+
+In: tokens (and costs) of studies. Out: the number of each study's pack, as one array. Pools of
+studies, in the order given, are packed one after the other; packs that stay underfull are dissolved
+into the next pool.
+
+Source: Johnson, Near-optimal bin packing algorithms, 1973 (first-fit-decreasing); Graham, Bounds on
+multiprocessing timing anomalies, 1969 (longest processing time first).
+"""
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+GOOD_FILL = 0.98
+"""Packs below this share of the budget are dissolved into the next pool."""
+MAX_CARRIED = 0.5
+"""At most this share of a pool is carried into the next one, so that a pool stays a pool."""
+
+
+def pack_pools(lengths_N: Ints, pack_tokens: int, pool_studies: int) -> Ints:
+    """Pack studies, `pool_studies` at a time.
+
+    Args:
+        lengths_N: Tokens, 1 .. pack_tokens, in the order served.
+        pack_tokens: Most tokens of a pack.
+        pool_studies: Studies that join a pool.
+
+    Returns:
+        [N] number of each study's pack, counted from 0; every number has a study.
+    """
+    pack_N = np.empty(len(lengths_N), dtype=np.int64)
+    carried, num_packs, num = np.empty(0, dtype=np.int64), 0, len(lengths_N)
+    for first in range(0, num, pool_studies):
+        is_last = first + pool_studies >= num
+        pool = np.concatenate((carried, np.arange(first, min(first + pool_studies, num))))
+        packs = first_fit_decreasing(lengths_N[pool], pack_tokens)
+        is_carried = np.zeros(int(packs.max()) + 1, dtype=np.bool_)
+        if not is_last:
+            is_carried = _underfull(packs, lengths_N[pool], pack_tokens, pool_studies)
+        # Packs that stay get the next numbers.
+        number = num_packs - 1 + np.cumsum(~is_carried)
+        leaving = is_carried[packs]
+        pack_N[pool[~leaving]] = number[packs[~leaving]]
+        num_packs = int(number[-1]) + 1
+        carried = pool[leaving]
+    return pack_N
+
+
+def _underfull(packs_N: Ints, lengths_N: Ints, pack_tokens: int, pool_studies: int) -> Bools:
+    """Return which packs are dissolved into the next pool: the emptiest, and not too many."""
+    tokens = np.bincount(packs_N, weights=lengths_N)
+    studies = np.bincount(packs_N)
+    emptiest = np.argsort(tokens, kind="stable")
+    few = np.cumsum(studies[emptiest]) <= MAX_CARRIED * pool_studies
+    chosen = np.zeros(len(tokens), dtype=np.bool_)
+    chosen[emptiest[few & (tokens[emptiest] < GOOD_FILL * pack_tokens)]] = True
+    return chosen
+
+
+def first_fit_decreasing(lengths_N: Ints, capacity: int) -> Ints:
+    """Put each study into the first pack with room, longest study first.
+
+    Studies of one length are placed together, so the work is one pass over the open packs for every
+    different length.
+
+    Args:
+        lengths_N: Tokens, 1 .. capacity.
+        capacity: Most tokens of a pack.
+
+    Returns:
+        [N] number of each study's pack, counted from 0.
+    """
+    order = np.argsort(-lengths_N, kind="stable")
+    sizes, firsts, counts = np.unique(-lengths_N[order], return_index=True, return_counts=True)
+    sizes, smallest = -sizes, int(lengths_N.min())
+    pack_N = np.empty(len(lengths_N), dtype=np.int64)
+    open_packs, room, num_packs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
+    for size, first, count in zip(sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+        fits = room // size
+        total = np.cumsum(fits)
+        placed = min(count, int(total[-1]) if len(total) else 0)
+        if placed:
+            last = int(np.searchsorted(total, placed))
+            taken = fits[: last + 1]
+            taken[last] -= total[last] - placed
+            pack_N[order[first : first + placed]] = np.repeat(open_packs[: last + 1], taken)
+            room[: last + 1] -= taken * size
+        if placed < count:
+            per_pack, rest = capacity // size, count - placed
+            fresh = np.arange(rest) // per_pack
+            pack_N[order[first + placed : first + count]] = num_packs + fresh
+            kept = room >= smallest
+            added = np.arange(num_packs, num_packs + int(fresh[-1]) + 1)
+            left = capacity - np.bincount(fresh) * size
+            open_packs = np.concatenate((open_packs[kept], added))
+            room = np.concatenate((room[kept], left))
+            num_packs = int(added[-1]) + 1
+    return pack_N
+
+
+def spread_evenly(lengths_N: Ints, costs_N: Ints, pack_tokens: int, num_packs: int) -> Ints | None:
+    """Put each study, dearest first, into the cheapest pack with room; None if one finds none."""
+    pack_N = np.empty(len(lengths_N), dtype=np.int64)
+    heap = [(0, pack, 0) for pack in range(num_packs)]
+    for place in np.argsort(-costs_N, kind="stable").tolist():
+        length, full = int(lengths_N[place]), []
+        while heap and heap[0][2] + length > pack_tokens:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, pack, tokens = heap[0]
+        heapq.heapreplace(heap, (cost + int(costs_N[place]), pack, tokens + length))
+        pack_N[place] = pack
+        for item in full:
+            heapq.heappush(heap, item)
+    return pack_N
+
+
+def split_packs(pack_N: Ints, lengths_N: Ints, num_packs: int) -> Ints:
+    """Split a study off the pack with the most studies until there are so many packs."""
+    pack_N = np.unique(pack_N, return_inverse=True)[1].astype(np.int64)
+    for number in range(int(pack_N.max()) + 1, num_packs):
+        own = np.flatnonzero(pack_N == np.bincount(pack_N).argmax())
+        pack_N[own[lengths_N[own].argmax()]] = number
+    return pack_N
