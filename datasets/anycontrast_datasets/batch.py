@@ -51,6 +51,13 @@ class PackedBatch:
     """Voxel spacing per study."""
     labels: tuple[Tensor | None, ...] = ()
     """Per study [X, Y, Z] uint8 on the padded patch grid; empty when labels were not asked for."""
+    draws: tuple[int, ...] = ()
+    """Per study, which serving within its epoch this is: a study served several times an epoch has
+    a mask and an augmentation of its own in each. Left out means 0 for every study."""
+
+    def __post_init__(self) -> None:
+        if not self.draws:
+            object.__setattr__(self, "draws", (0,) * len(self.lengths))
 
     @property
     def num_tokens(self) -> int:

@@ -1,101 +1,49 @@
-"""A store to the packs of one rank, step after step: ordered, prefetched, resumable.
+"""A store to the packs of one rank, step after step: ordered, mixed, prefetched, resumable.
 
 In: a study store, a seed, a rank. Out: for every global step the packs this rank trains on. Which
-studies form a step, and which packs they form, depends on (seed, step, records, config) alone, so
-runs on 1, 2 or 4 ranks, with any number of threads, stopped and resumed anywhere, see the same
-packs. Studies are read, augmented and packed in threads `prefetch_steps` ahead; nothing is
-shuffled through a buffer, and the state is one integer beside what it is valid for.
+studies form a step, and which packs they form, depends on (seed, place in the order, records,
+config) alone, so runs on 1, 2 or 4 ranks, with any number of threads, stopped and resumed anywhere,
+see the same packs. Studies are read, augmented and packed in threads `prefetch_steps` ahead;
+nothing is shuffled through a buffer, and the state is a place in the order beside what it is valid
+for and what was counted so far.
 
-Gives up: a step waits for its slowest study, and a study that cannot be read stops the run.
+Gives up: a step waits for its slowest study.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
-from anycontrast_datasets.augment import StudyView, augment_study, choose_contrasts
+from anycontrast_datasets.audit import EpochAudit, Tally, close_epoch
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_datasets.contrast import contrast_id
-from anycontrast_datasets.order import step_studies, study_rng
-from anycontrast_datasets.pack import assign_packs, estimate_tokens, pack_studies, study_cost
+from anycontrast_datasets.pack_reader import PackReader, ReadPack
+from anycontrast_datasets.quarantine import Damage, Quarantine
+from anycontrast_datasets.selection import select_studies
+from anycontrast_datasets.served import ServedCount, count_mix
+from anycontrast_datasets.step_plan import (
+    CountPlanner,
+    Cursor,
+    Servings,
+    StepPlan,
+    StepPlanner,
+)
 from anycontrast_datasets.store.reader import StudyStore
-from anycontrast_datasets.study import SPLITS, ManifestError, StudyRecord
+from anycontrast_datasets.stream_config import StreamConfig
+from anycontrast_datasets.token_planner import TokenPlanner
+
+__all__ = ["StepPacks", "StreamConfig", "StudyStream"]
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """What of a store is served, and how."""
-
-    studies_per_step: int = 4
-    """Studies in one optimiser step, over all ranks."""
-    packs_per_step: int = 1
-    """Packs in one optimiser step, over all ranks; a multiple of the world size. Keep it when the
-    world size changes, and the packs stay the same."""
-    split: str = "train"
-    """Which split of the manifest: train, val or test."""
-    contrasts: list[str] = field(default_factory=list)
-    """Serve only these contrasts; empty serves all. Studies with none of them are left out."""
-    drop_empty: bool = True
-    """Leave out patches without foreground."""
-    crop_vox: tuple[int, int, int] | None = None
-    """Cut or pad every study to this many voxels; None serves the whole box."""
-    flip_axes: list[int] = field(default_factory=lambda: [0])
-    """Axes flipped with probability 1/2: 0 left-right, 1 back-front, 2 down-up."""
-    labels: bool = False
-    """Also serve the labels."""
-    foreground_crop_fraction: float = 0.0
-    """Share of crops centred on a labelled voxel, 0 .. 1."""
-    drop_contrasts: bool = False
-    """Serve a random non-empty subset of each study's contrasts."""
-    num_threads: int = 2
-    """Threads that read, augment and pack."""
-    prefetch_steps: int = 2
-    """Steps made ready ahead of the one in use; 0 reads on demand."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("studies_per_step", 1),
-            ("packs_per_step", 1),
-            ("num_threads", 1),
-            ("prefetch_steps", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"stream.{name} must be >= {least}, got {getattr(self, name)}")
-        if self.packs_per_step > self.studies_per_step:
-            raise ValueError(
-                f"stream.packs_per_step must be <= studies_per_step ({self.studies_per_step}), "
-                f"got {self.packs_per_step}; raise studies_per_step"
-            )
-        if self.split not in SPLITS:
-            raise ValueError(f"stream.split must be one of {SPLITS}, got {self.split!r}")
-        for name in self.contrasts:
-            contrast_id(name)
-        self._check_augmentation()
-
-    def _check_augmentation(self) -> None:
-        if self.crop_vox is not None and any(n < 1 for n in self.crop_vox):
-            raise ValueError(f"stream.crop_vox must be positive, got {self.crop_vox}")
-        if sorted(set(self.flip_axes) & {0, 1, 2}) != sorted(self.flip_axes):
-            raise ValueError(
-                f"stream.flip_axes must be different axes of 0, 1, 2, got {self.flip_axes}"
-            )
-        if not 0.0 <= self.foreground_crop_fraction <= 1.0:
-            raise ValueError(
-                "stream.foreground_crop_fraction must be in 0 .. 1, "
-                f"got {self.foreground_crop_fraction}"
-            )
-        if self.foreground_crop_fraction > 0 and (self.crop_vox is None or not self.labels):
-            raise ValueError(
-                "stream.foreground_crop_fraction > 0 needs crop_vox and labels=true, "
-                f"got crop_vox={self.crop_vox} and labels={self.labels}"
-            )
+# What does not change which packs are served, or only as far as damaged bytes do.
+_TUNING = ("num_threads", "prefetch_steps", "on_corrupt", "max_corrupt_fraction")
+# States written before these existed are of streams that behaved like the defaults.
+_LATER = ("mixing", "pack_tokens", "pool_studies", "draws_per_study")
 
 
 @dataclass(frozen=True)
@@ -108,24 +56,18 @@ class StepPacks:
     """Seconds the consumer waited for these packs."""
     epoch: int
     """Epoch of the step's first study, the same on every rank."""
+    finished_epochs: tuple[int, ...] = ()
+    """Epochs of which this step served the last study; ready to be audited."""
+    damages: tuple[Damage, ...] = ()
+    """Studies this rank could not read and had not met before."""
+    mix: Mapping[str, int] = field(default_factory=dict)
+    """Studies served to this rank by `dataset/<name>`, `contrast/<name>` and `set/<names>`."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    step: int
-    epoch: int
-    packs: tuple[Future[PackedBatch], ...]
-
-
-@dataclass(frozen=True)
-class _Serving:
-    """One study of a step: which one, for which epoch, with which contrasts."""
-
-    epoch: int
-    index: int
-    record: StudyRecord
-    contrasts: tuple[str, ...]
-    """Chosen before reading, so that a dropped contrast costs no decoding."""
+    plan: StepPlan
+    packs: tuple[Future[ReadPack], ...]
 
 
 class StudyStream:
@@ -138,10 +80,12 @@ class StudyStream:
         seed: Seed of the run; order and augmentation follow from it.
         rank: This rank, 0 .. world_size - 1.
         world_size: Ranks that share each step.
-        start_step: First global step to serve, e.g. `next_step` of a saved state.
+        start_step: First global step to serve, e.g. `next_step` of a saved state; `restore` then
+            takes over the rest of the state.
 
     Raises:
-        ManifestError: If no study of the store is in the split with a wanted contrast.
+        ManifestError: If no study of the store is in the split with a wanted contrast, or a
+            mixing weight names a dataset that is not there.
         ValueError: If rank, world size or packs per step do not fit, or start_step is negative.
     """
 
@@ -161,24 +105,62 @@ class StudyStream:
         self._config = config
         self._patch_vox = patch_vox
         self._seed = seed
+        self._rank = rank
         packs_per_rank = config.packs_per_step // world_size
         self._own_packs = range(rank * packs_per_rank, (rank + 1) * packs_per_rank)
-        self._indices = _select_studies(store, config)
-        self._costs: dict[tuple[int, tuple[str, ...]], float] = {}
-        self._next_planned = start_step
+        self._selection = select_studies(store, config.split, config.contrasts)
+        servings = Servings(store, self._selection, config, patch_vox, seed)
+        self._planner: StepPlanner = (
+            CountPlanner(servings, config)
+            if config.pack_tokens is None
+            else TokenPlanner(servings, config, seed)
+        )
+        self._quarantine = Quarantine(self.num_studies, config.max_corrupt_fraction)
+        self._reader = PackReader(
+            store,
+            config,
+            patch_vox,
+            seed=seed,
+            servings=servings,
+            num_studies=self.num_studies,
+            quarantine=self._quarantine,
+        )
+        self._served = ServedCount(config.draws_per_study)
         self._pending: deque[_Pending] = deque()
         self._pool: ThreadPoolExecutor | None = None
         self._is_closed = False
+        self._start_step = start_step
+        self._next_planned: Cursor | None = None
+        self._edges: dict[int, Cursor] = {}
+
+    def _go_to(self, cursor: Cursor) -> None:
+        """Begin at a place of the order; counting begins there too."""
+        self._next_planned = cursor
+        self._edges = {cursor.step: cursor}
+        self._served.begin(cursor.epoch, self._planner.places_before(cursor))
 
     @property
     def num_studies(self) -> int:
-        """Studies in an epoch."""
-        return len(self._indices)
+        """Studies of the split with a wanted contrast."""
+        return len(self._selection)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Studies known to be unreadable."""
+        return len(self._quarantine)
 
     @property
     def steps_per_epoch(self) -> float:
         """Global steps in an epoch; a fraction when an epoch ends inside a step."""
-        return self.num_studies / self._config.studies_per_step
+        return self._planner.steps_per_epoch
+
+    @property
+    def served_hash(self) -> int:
+        """Sum modulo 2^64 of hashes of what was served where: (study, epoch, step, pack, slot).
+
+        The sums of all ranks, added up, name the sequence of a run, whatever its interruptions.
+        """
+        return self._served.sequence
 
     def __iter__(self) -> Iterator[StepPacks]:
         """Return the stream itself; a second loop goes on where the first one stopped."""
@@ -188,19 +170,88 @@ class StudyStream:
         """Return the next step's packs of this rank, waiting for them if need be.
 
         Raises:
-            ShardError: As the store raised it; the step is not passed over, a retry meets it again.
+            ShardError: As the store raised it, where damaged studies stop the run, or because there
+                are too many of them; the step is not passed over, a retry meets it again.
             ValueError: If the stream is closed.
         """
         if self._is_closed:
             raise ValueError("stream: cannot serve from a closed stream; make a new one")
+        self._quarantine.check()
         started = time.perf_counter()
         while len(self._pending) <= self._config.prefetch_steps:
-            self._pending.append(self._submit(self._next_planned))
-            self._next_planned += 1
+            self._pending.append(self._submit())
         head = self._pending[0]
         packs = tuple(future.result() for future in head.packs)
         self._pending.popleft()
-        return StepPacks(head.step, packs, time.perf_counter() - started, head.epoch)
+        return self._hand_out(head.plan, packs, time.perf_counter() - started)
+
+    def _submit(self) -> _Pending:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._config.num_threads, "anycontrast-stream")
+        if self._next_planned is None:
+            self._go_to(self._planner.start(self._start_step))
+        assert self._next_planned is not None
+        plan = self._planner.plan(self._next_planned)
+        futures = []
+        for number in self._own_packs:
+            others = [s for i, pack in enumerate(plan.packs) if i != number for s in pack]
+            futures.append(
+                self._reader.submit(self._pool, plan.cursor.step, plan.packs[number], others)
+            )
+        self._next_planned = plan.following
+        self._edges[plan.following.step] = plan.following
+        return _Pending(plan, tuple(futures))
+
+    def _hand_out(self, plan: StepPlan, packs: Sequence[ReadPack], data_wait_s: float) -> StepPacks:
+        step = plan.cursor.step
+        for number, pack in zip(self._own_packs, packs, strict=True):
+            self._served.add(step, number, pack)
+        for past in [edge for edge in self._edges if edge <= step]:
+            del self._edges[past]
+        return StepPacks(
+            step=step,
+            packs=tuple(pack.batch for pack in packs),
+            data_wait_s=data_wait_s,
+            epoch=plan.cursor.epoch,
+            finished_epochs=plan.finished_epochs,
+            damages=self._quarantine.add(d for pack in packs for d in pack.damages),
+            mix=count_mix(packs),
+        )
+
+    def tally(self, epoch: int) -> Tally:
+        """Return what this rank has counted of an epoch."""
+        return self._served.tally(epoch)
+
+    def close_epoch(self, epoch: int, tally: Tally) -> EpochAudit:
+        """Audit a finished epoch and forget its tally.
+
+        Args:
+            epoch: One of `StepPacks.finished_epochs`.
+            tally: Sum of `tally(epoch)` over all ranks.
+
+        Raises:
+            AuditError: If studies were lost or served twice.
+        """
+        study_P, repeat_P = self._planner.places_from(epoch, tally.first_place)
+        audit = close_epoch(
+            epoch,
+            tally,
+            id_hash_N=self._selection.id_hash_N,
+            study_P=study_P,
+            repeat_P=repeat_P,
+        )
+        self._served.forget(epoch)
+        return audit
+
+    def add_damages(self, damages: Sequence[Damage]) -> tuple[Damage, ...]:
+        """Take over what other ranks could not read; return what was not known.
+
+        Raises:
+            ShardError: If too many studies are damaged now.
+        """
+        new = self._quarantine.add(damages)
+        self._quarantine.check()
+        return new
 
     def close(self) -> None:
         """Stop reading ahead and join the threads; safe to call again."""
@@ -222,31 +273,63 @@ class StudyStream:
         self.close()
 
     def state_dict(self, next_step: int) -> dict[str, object]:
-        """Return the JSON state of a run whose next step is `next_step`."""
-        return {**self._identity(), "next_step": next_step}
+        """Return the JSON state of a run whose next step is `next_step`, as this rank knows it.
 
-    def check_state(self, state: dict[str, object]) -> None:
+        At most 64 kB. `audit.combine_states` makes the states of all ranks that of the run.
+        """
+        cursor = self._edges.get(next_step) or self._planner.start(next_step)
+        return {
+            **self._identity(),
+            "next_step": next_step,
+            "cursor": [cursor.epoch, cursor.offset],
+            **self._served.state(),
+            "quarantine": self._quarantine.state(),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
         """Check that a saved state continues this stream.
 
         Raises:
             ValueError: If the store, the seed or the config differ; the message says which.
         """
         mine = self._identity()
-        differing = [key for key, value in mine.items() if state.get(key) != value]
+        saved = {f"stream.{name}": value for name, value in _defaults().items()} | dict(state)
+        differing = [key for key, value in mine.items() if saved.get(key) != value]
         if not differing:
             return
+        cursor = state.get("cursor", [0, 1])
+        remedy = "resume with the same shards, seed and data settings, or start a new run"
+        if differing == ["stream.mixing"]:
+            if cursor[1] == 0:
+                logger.info("mixing weights change at the start of epoch %d", cursor[0])
+                return
+            remedy = (
+                f"weights may change at an epoch edge only, and this is inside epoch {cursor[0]}; "
+                "resume with the same weights, or from a checkpoint at an edge"
+            )
         found = "; ".join(
-            f"{key} was {state.get(key, 'not saved')!r}, is {mine[key]!r}" for key in differing
+            f"{key} was {saved.get(key, 'not saved')!r}, is {mine[key]!r}" for key in differing
         )
-        raise ValueError(
-            f"resume: the saved data cursor is of another stream: {found}; "
-            "resume with the same shards, seed and data settings, or start a new run"
-        )
+        raise ValueError(f"resume: the saved data cursor is of another stream: {found}; {remedy}")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; before the first step is taken.
+
+        Raises:
+            ValueError: See `check_state`.
+        """
+        self.check_state(state)
+        assert not self._pending, "a stream is restored before it is used"
+        if "cursor" not in state:
+            return
+        self._go_to(Cursor(int(state["next_step"]), *state["cursor"]))
+        self._served.restore(state, is_first_rank=self._rank == 0)
+        self._quarantine.restore(state["quarantine"])
 
     def _identity(self) -> dict[str, Any]:
         """Everything the sequence of packs depends on, as JSON values."""
         config = asdict(self._config)
-        for tuning in ("num_threads", "prefetch_steps"):
+        for tuning in _TUNING:
             del config[tuning]
         if self._config.crop_vox is not None:
             config["crop_vox"] = list(self._config.crop_vox)
@@ -257,78 +340,10 @@ class StudyStream:
             **{f"stream.{name}": value for name, value in config.items()},
         }
 
-    def _submit(self, step: int) -> _Pending:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._config.num_threads, "anycontrast-stream")
-        servings = self._servings(step)
-        packs = self._plan_packs(servings)
-        futures = [
-            self._submit_pack([servings[i] for i in packs[pack]]) for pack in self._own_packs
-        ]
-        return _Pending(step, servings[0].epoch, tuple(futures))
 
-    def _submit_pack(self, servings: list[_Serving]) -> Future[PackedBatch]:
-        assert self._pool is not None
-        views = [self._pool.submit(self._read, serving) for serving in servings]
-        # The pool starts work in the order of submission: when the packing task runs, its studies
-        # are being read by other threads or are done, so it never waits for a place in the pool.
-        return self._pool.submit(self._pack, views, [serving.epoch for serving in servings])
-
-    def _servings(self, step: int) -> list[_Serving]:
-        config = self._config
-        servings = []
-        for epoch, place in step_studies(
-            step, config.studies_per_step, self.num_studies, self._seed
-        ):
-            record = self._store.records[self._indices[place]]
-            contrasts = _wanted_contrasts(record, config)
-            if config.drop_contrasts:
-                rng = study_rng(self._seed, epoch, record.study_id, "contrasts")
-                contrasts = choose_contrasts(contrasts, rng)
-            servings.append(_Serving(epoch, self._indices[place], record, contrasts))
-        return servings
-
-    def _plan_packs(self, servings: list[_Serving]) -> list[list[int]]:
-        if self._config.packs_per_step == 1:
-            return [list(range(len(servings)))]
-        return assign_packs([self._cost(s) for s in servings], self._config.packs_per_step)
-
-    def _cost(self, serving: _Serving) -> float:
-        key = (serving.index, serving.contrasts)
-        if key not in self._costs:
-            tokens = estimate_tokens(
-                serving.record,
-                serving.contrasts,
-                self._patch_vox,
-                crop_vox=self._config.crop_vox,
-                drop_empty=self._config.drop_empty,
-            )
-            self._costs[key] = study_cost(tokens)
-        return self._costs[key]
-
-    def _read(self, serving: _Serving) -> StudyView:
-        config = self._config
-        arrays = self._store.read(
-            serving.index,
-            contrasts=serving.contrasts,
-            label=config.labels and serving.record.has_label,
-        )
-        return augment_study(
-            arrays,
-            study_rng(self._seed, serving.epoch, serving.record.study_id, "augment"),
-            flip_axes=config.flip_axes,
-            crop_vox=config.crop_vox,
-            foreground_crop_fraction=config.foreground_crop_fraction,
-        )
-
-    def _pack(self, views: list[Future[StudyView]], epochs: list[int]) -> PackedBatch:
-        return pack_studies(
-            [view.result() for view in views],
-            self._patch_vox,
-            epochs=epochs,
-            drop_empty=self._config.drop_empty,
-            labels=self._config.labels,
-        )
+def _defaults() -> dict[str, Any]:
+    defaults = asdict(StreamConfig())
+    return {name: defaults[name] for name in _LATER}
 
 
 def _check_place(config: StreamConfig, rank: int, world_size: int, start_step: int) -> None:
@@ -341,27 +356,3 @@ def _check_place(config: StreamConfig, rank: int, world_size: int, start_step: i
         )
     if start_step < 0:
         raise ValueError(f"stream: start_step must be >= 0, got {start_step}")
-
-
-def _wanted_contrasts(record: StudyRecord, config: StreamConfig) -> tuple[str, ...]:
-    return tuple(c for c in record.contrasts if not config.contrasts or c in config.contrasts)
-
-
-def _select_studies(store: StudyStore, config: StreamConfig) -> tuple[int, ...]:
-    in_split = [i for i, record in enumerate(store.records) if record.split == config.split]
-    served = tuple(i for i in in_split if _wanted_contrasts(store.records[i], config))
-    if not served:
-        counts = {s: sum(record.split == s for record in store.records) for s in SPLITS}
-        raise ManifestError(
-            f"stream: no study to serve from split {config.split!r} with contrasts "
-            f"{config.contrasts or 'any'}; studies per split: {counts}; "
-            "change the split, its fractions at scanning, or the contrasts"
-        )
-    logger.info(
-        "split %s: %d studies served, %d left out for having none of the wanted contrasts %s",
-        config.split,
-        len(served),
-        len(in_split) - len(served),
-        config.contrasts or "(all)",
-    )
-    return served

@@ -1,9 +1,10 @@
 """Which tokens are hidden, and which of the hidden ones are predicted.
 
-Every volume draws from a generator of its own, keyed by (seed, epoch, study id, contrast). So a
-mask does not depend on what else is in the batch, on the rank, or on which other contrasts the
-study has and in which order; only the Dirichlet budget, which is shared by a study's contrasts,
-does look at the others. Host only: the indices travel with the batch.
+Every volume draws from a generator of its own, keyed by (seed, epoch, study id, contrast, draw);
+the draw tells apart the servings of a study within an epoch. So a mask does not depend on what else
+is in the batch, on the rank, or on which other contrasts the study has and in which order; only the
+Dirichlet budget, which is shared by a study's contrasts, does look at the others. Host only: the
+indices travel with the batch.
 
 Letters: T tokens, N visible, M predicted, S studies, V volumes, L tokens of one volume.
 """
@@ -123,12 +124,12 @@ def mask_batch(batch: PackedBatch, config: MaskingConfig, seed: int) -> MaskedPa
     hidden: list[npt.NDArray[np.bool_]] = []
     target: list[npt.NDArray[np.bool_]] = []
     volume = 0
-    for study_id, epoch, contrasts in zip(
-        batch.study_ids, batch.epochs, batch.contrasts, strict=True
+    for study_id, epoch, draw, contrasts in zip(
+        batch.study_ids, batch.epochs, batch.draws, batch.contrasts, strict=True
     ):
         lengths = batch.volume_lengths[volume : volume + len(contrasts)]
         volume += len(contrasts)
-        rngs = [study_rng(seed, epoch, study_id, f"mask/{name}") for name in contrasts]
+        rngs = [study_rng(seed, epoch, study_id, f"mask/{name}", draw=draw) for name in contrasts]
         budgets = _visible_budgets(lengths, contrasts, rngs, config, study_id)
         for length, num_visible, rng in zip(lengths, budgets, rngs, strict=True):
             hidden_L, target_L = _draw(length, num_visible, config.target_fraction, rng)

@@ -1,0 +1,180 @@
+"""The studies of one pack: read, augmented, packed, and what to do when one cannot be read.
+
+In: the servings of a pack. Out: a `ReadPack`. A study whose bytes are damaged ends the run, or is
+left out of its pack. A pack that would be empty is filled with one substitute, because every rank
+needs something to train on: a study of the same step or, if all of those are damaged too, of the
+split, chosen by (seed, epoch, study) alone. What is left out, and what stands in, depends on
+nothing but the stored bytes, so every rank, thread count and resume finds the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+
+from anycontrast_datasets.augment import StudyView, augment_study
+from anycontrast_datasets.batch import PackedBatch
+from anycontrast_datasets.order import study_rng
+from anycontrast_datasets.pack import pack_studies
+from anycontrast_datasets.quarantine import Damage, Quarantine, damage_from
+from anycontrast_datasets.step_plan import SUBSTITUTE_REPEAT, Serving, Servings
+from anycontrast_datasets.store.reader import StudyStore
+from anycontrast_datasets.store.volume_index import LABEL_MEMBER
+from anycontrast_datasets.stream_config import StreamConfig
+from anycontrast_datasets.study import ShardError
+
+_MAX_SUBSTITUTES = 100
+
+
+@dataclass(frozen=True)
+class ReadPack:
+    """A pack and what could not be put into it."""
+
+    batch: PackedBatch
+    served: tuple[Serving, ...]
+    """The servings that count, in the pack's order; none where a substitute stands in."""
+    left_out: tuple[Serving, ...]
+    damages: tuple[Damage, ...]
+    """What is wrong with the studies left out."""
+
+
+class PackReader:
+    """Reads packs of one stream.
+
+    Args:
+        store: Where the studies are read from; called from several threads.
+        config: How they are augmented, and what happens to damaged ones.
+        patch_vox: Voxels of a patch along i, j, k.
+        seed: Seed of the run.
+        servings: Makes servings of substitutes.
+        num_studies: Rows of the selection, to choose substitutes from.
+        quarantine: What is known to be damaged; only read here.
+    """
+
+    def __init__(
+        self,
+        store: StudyStore,
+        config: StreamConfig,
+        patch_vox: tuple[int, int, int],
+        *,
+        seed: int,
+        servings: Servings,
+        num_studies: int,
+        quarantine: Quarantine,
+    ) -> None:
+        self._store = store
+        self._config = config
+        self._patch_vox = patch_vox
+        self._seed = seed
+        self._servings = servings
+        self._num_studies = num_studies
+        self._quarantine = quarantine
+
+    def submit(
+        self, pool: Executor, step: int, pack: Sequence[Serving], others: Sequence[Serving]
+    ) -> Future[ReadPack]:
+        """Start reading a pack.
+
+        Args:
+            pool: Its threads start work in the order of submission.
+            step: Global step.
+            pack: What the pack is made of.
+            others: The servings of the step's other packs, of which a substitute may be taken.
+
+        Returns:
+            The pack to come; its errors are the store's.
+        """
+        reads = [pool.submit(self._read, serving) for serving in pack]
+        # When the packing task runs, its studies are being read by other threads or are done: the
+        # pool starts work in the order of submission, so it never waits for a place in the pool.
+        return pool.submit(self._pack, step, pack, reads, others)
+
+    def _read(self, serving: Serving) -> list[StudyView]:
+        """Read a study once and augment it once per draw."""
+        config = self._config
+        label = config.labels and serving.record.has_label
+        members = (*serving.contrasts, LABEL_MEMBER) if label else serving.contrasts
+        known = self._quarantine.find(serving.index, members)
+        if known is not None:
+            raise ShardError(known.reason)
+        arrays = self._store.read(serving.index, contrasts=serving.contrasts, label=label)
+        return [
+            augment_study(
+                arrays,
+                study_rng(self._seed, serving.epoch, serving.record.study_id, "augment", draw=draw),
+                flip_axes=config.flip_axes,
+                crop_vox=config.crop_vox,
+                foreground_crop_fraction=config.foreground_crop_fraction,
+            )
+            for draw in serving.draws
+        ]
+
+    def _pack(
+        self,
+        step: int,
+        pack: Sequence[Serving],
+        reads: Sequence[Future[list[StudyView]]],
+        others: Sequence[Serving],
+    ) -> ReadPack:
+        served, views, left_out, damages = [], [], [], []
+        for serving, read in zip(pack, reads, strict=True):
+            try:
+                views.append(read.result())
+                served.append(serving)
+            except ShardError as error:
+                if self._config.on_corrupt == "stop":
+                    raise
+                left_out.append(serving)
+                damages.append(_damage(error, serving, step))
+        batch = self._join(views, served) if served else self._substitute(step, pack, others)
+        counted = tuple(serving for serving in served if serving.counts)
+        missed = tuple(serving for serving in left_out if serving.counts)
+        return ReadPack(batch, counted, missed, tuple(damages))
+
+    def _join(self, views: Sequence[list[StudyView]], served: Sequence[Serving]) -> PackedBatch:
+        batch = pack_studies(
+            [view for copies in views for view in copies],
+            self._patch_vox,
+            epochs=[serving.epoch for serving in served for _ in serving.draws],
+            drop_empty=self._config.drop_empty,
+            labels=self._config.labels,
+        )
+        return replace(batch, draws=tuple(draw for serving in served for draw in serving.draws))
+
+    def _substitute(
+        self, step: int, pack: Sequence[Serving], others: Sequence[Serving]
+    ) -> PackedBatch:
+        for serving in self._substitutes(pack[0], others):
+            try:
+                return self._join([self._read(serving)], [serving])
+            except ShardError:
+                continue
+        raise ShardError(
+            f"stream: no study of step {step} can be read, nor any of {_MAX_SUBSTITUTES} others; "
+            f"first {pack[0].record.study_id}; are the shards still there?"
+        )
+
+    def _substitutes(self, missing: Serving, others: Sequence[Serving]) -> Iterator[Serving]:
+        """Yield who may stand in for a study, best first, each with draws of its own."""
+        rng = study_rng(
+            self._seed,
+            missing.epoch,
+            missing.record.study_id,
+            "substitute",
+            draw=missing.repeat,
+        )
+        for number in rng.permutation(len(others)):
+            other = others[number]
+            yield replace(other, repeat=SUBSTITUTE_REPEAT + other.repeat)
+        for _ in range(_MAX_SUBSTITUTES):
+            study = int(rng.integers(self._num_studies))
+            yield self._servings.make(missing.epoch, study, SUBSTITUTE_REPEAT)
+
+
+def _damage(error: ShardError, serving: Serving, step: int) -> Damage:
+    return damage_from(
+        error,
+        index=serving.index,
+        study_id=serving.record.study_id,
+        step=step,
+        epoch=serving.epoch,
+    )
