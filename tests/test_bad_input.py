@@ -272,7 +272,7 @@ def test_a_source_that_changed_since_the_scan_is_refused_by_study(
         (["pretrain.steps=many"], "pretrain.steps"),
         (["model.patch_vox=[8,8]"], "model.patch_vox"),
         (["masking.hidden_fraction=1.5"], "hidden_fraction"),
-        (["scan.source=dicom"], "scan.source"),
+        (["scan.source=minc"], "scan.source"),
         (["name=../up"], "name must be letters"),
         (["nowhere.yaml"], "no file nowhere.yaml"),
         (["a.yaml", "b.yaml"], "expected at most one config file"),

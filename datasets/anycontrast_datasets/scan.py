@@ -42,8 +42,9 @@ KEY_NAME = "pseudonym.key"
 class ScanConfig:
     """What to scan and how to name what is found."""
 
-    source: Literal["bids", "brats", "folder", "phantom"] = "phantom"
-    """Layout of the source; `folder` needs a table, `phantom` makes its own data."""
+    source: Literal["bids", "brats", "folder", "dicom", "phantom"] = "phantom"
+    """Layout of the source; `folder` needs a table, `dicom` takes any names, `phantom` makes its
+    own data."""
     root: str | None = None
     """Folder to scan; None only for `phantom`, which then writes beside the manifest folder."""
     table: str | None = None
@@ -146,17 +147,17 @@ def run_scan(
     private.chmod(0o700)
     studies: list[Study] = []
     refusals: list[Refusal] = []
-    for found in _source(config, root, private, on_progress):
+    stands_for: dict[str, tuple[str, ...]] = {}
+    for found in _source(config, root, private, on_progress, stands_for):
         if isinstance(found, Study):
             studies.append(found)
         else:
             refusals.append(found)
-    _check_accounted(root, studies, refusals)
-    summary = summarise(studies, refusals)
+    _check_accounted(root, _inputs(config, root), studies, refusals, stands_for)
+    summary = summarise(studies, refusals, stands_for)
     if summary.inputs == 0:
-        raise ManifestError(
-            f"scanning {root}: no image file in the folder (.nii, .nii.gz); correct scan.root"
-        )
+        kind = "file" if config.source == "dicom" else "image file in the folder (.nii, .nii.gz)"
+        raise ManifestError(f"scanning {root}: no {kind}; correct scan.root")
     write_ledger(refusals, private / LEDGER_NAME)
     if not studies:
         (out_dir / MANIFEST_NAME).unlink(missing_ok=True)
@@ -168,25 +169,56 @@ def run_scan(
     return summary
 
 
-def _check_accounted(root: Path, studies: Sequence[Study], refusals: Sequence[Refusal]) -> None:
-    """Every image file is in a study or in the ledger, and in one of them only."""
-    accounted = [volume.location for study in studies for volume in study.volumes]
-    accounted += [study.label.location for study in studies if study.label is not None]
+def _inputs(config: ScanConfig, root: Path) -> Sequence[str]:
+    if config.source != "dicom":
+        return list_images(root)
+    from anycontrast_datasets.sources.dicom_listing import list_files
+
+    files, links = list_files(root)
+    return [*files, *(link.location for link in links)]
+
+
+def _check_accounted(
+    root: Path,
+    inputs: Sequence[str],
+    studies: Sequence[Study],
+    refusals: Sequence[Refusal],
+    stands_for: Mapping[str, Sequence[str]],
+) -> None:
+    """Every input file is in a study or in the ledger, and in one of them only."""
+    accounted = _accepted_files(studies, stands_for)
     accounted += [refusal.location for refusal in refusals]
     twice = [name for name, count in Counter(accounted).items() if count > 1]
     assert not twice, f"files accounted for more than once: {twice[:3]}"
-    if lost := sorted(set(list_images(root)) - set(accounted)):
+    if lost := sorted(set(inputs) - set(accounted)):
         raise ManifestError(
             f"scanning {root}: every image file must be accounted for, found {len(lost)} that are "
             f"not, e.g. {lost[0]}; did the folder change meanwhile? scan again"
         )
 
 
-def summarise(studies: Sequence[Study], refusals: Sequence[Refusal]) -> ScanSummary:
-    """Count files and studies; nothing in the result names a file or a person."""
+def _accepted_files(studies: Sequence[Study], stands_for: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the input files of studies; a converted volume stands for those it was made of."""
+    taken = [volume.location for study in studies for volume in study.volumes]
+    taken += [study.label.location for study in studies if study.label is not None]
+    return [file for location in taken for file in stands_for.get(location, (location,))]
+
+
+def summarise(
+    studies: Sequence[Study],
+    refusals: Sequence[Refusal],
+    stands_for: Mapping[str, Sequence[str]] | None = None,
+) -> ScanSummary:
+    """Count files and studies; nothing in the result names a file or a person.
+
+    Args:
+        studies: accepted.
+        refusals: one per refused file.
+        stands_for: location of a converted volume -> the input files it was made of.
+    """
     volumes = [volume for study in studies for volume in study.volumes]
     num_labels = sum(study.label is not None for study in studies)
-    accepted = len(volumes) + num_labels
+    accepted = len(_accepted_files(studies, stands_for or {}))
     return ScanSummary(
         inputs=accepted + len(refusals),
         accepted=accepted,
@@ -220,9 +252,10 @@ def _source(
     root: Path,
     private: Path,
     on_progress: Callable[[int, int], None] | None,
+    stands_for: dict[str, tuple[str, ...]],
 ) -> Iterator[Study | Refusal]:
     # Inside, so that loading a configuration loads neither nibabel nor the phantom.
-    from anycontrast_datasets.sources import bids, brats, folder, phantom
+    from anycontrast_datasets.sources import bids, brats, dicom, folder, phantom
 
     options = SourceOptions(
         dataset=config.dataset_name,
@@ -239,6 +272,8 @@ def _source(
         return folder.scan(root, options, Path(config.table).expanduser())
     if config.source == "brats":
         return brats.scan(root, options)
+    if config.source == "dicom":
+        return dicom.scan_dicom(root, options, private, stands_for)
     if config.source == "phantom":
         phantom.write_phantom(
             root, config.phantom, num_threads=config.num_threads, on_progress=on_progress

@@ -68,6 +68,22 @@ def is_nifti(location: str) -> bool:
     return location.lower().endswith(_NIFTI)
 
 
+def is_companion(location: str) -> bool:
+    """Return whether a file name ends like text or pictures that lie beside images."""
+    return location.lower().endswith(_COMPANIONS)
+
+
+def has_dicom_mark(path: Path) -> bool:
+    """Return whether a file has the magic bytes of DICOM; False when it cannot be opened."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(_DICOM_MAGIC_AT)
+            return stream.read(4) == b"DICM"
+    except OSError as error:
+        logger.warning("a file without an image suffix cannot be opened: %s", error.strerror)
+        return False
+
+
 def stem(location: str) -> str:
     """Return the file name without folders and without `.nii` or `.nii.gz`."""
     name = location.rsplit("/", 1)[-1]
@@ -96,15 +112,9 @@ def _is_image(path: Path) -> bool:
     name = path.name.lower()
     if name.endswith((*_NIFTI, *_DICOM, *_OTHER_IMAGES)):
         return True
-    if name.startswith(".") or name.endswith(_COMPANIONS) or not path.is_file():
+    if name.startswith(".") or is_companion(name) or not path.is_file():
         return False
-    try:
-        with path.open("rb") as stream:
-            stream.seek(_DICOM_MAGIC_AT)
-            return stream.read(4) == b"DICM"
-    except OSError as error:
-        logger.warning("a file without an image suffix cannot be opened: %s", error.strerror)
-        return False
+    return has_dicom_mark(path)
 
 
 def _unreadable(error: OSError) -> None:

@@ -1,0 +1,163 @@
+"""DICOM: series of any vendor in any folders, found by their headers, converted and inspected.
+
+In: a folder of DICOM files, classic or enhanced, of any names and nesting. Subject, session and
+series come from PatientID, StudyInstanceUID and SeriesInstanceUID; all become keyed pseudonyms.
+Every file ends in a study or in the ledger; one converted volume stands for many files. What of a
+header is read, and what becomes of it: `dicom_tags.KEPT_TAGS`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from anycontrast_datasets.contrast_votes import (
+    combine_votes,
+    guess_from_description,
+    vote_description,
+    vote_physics,
+)
+from anycontrast_datasets.ledger import Refusal, refuse
+from anycontrast_datasets.sources.claims import ContrastReading, FileClaim, SourceOptions
+from anycontrast_datasets.sources.dicom_convert import Converter, convert, make_converter, prune
+from anycontrast_datasets.sources.dicom_header import Instance, read_instance
+from anycontrast_datasets.sources.dicom_listing import list_files
+from anycontrast_datasets.sources.dicom_series import Stack, find_stacks
+from anycontrast_datasets.sources.grouping import build_studies
+from anycontrast_datasets.study import Study, VolumeError
+
+# Shares of the work, for the progress: headers, conversion, inspection.
+_PHASES = 3
+
+
+def scan_dicom(
+    root: Path, options: SourceOptions, work_dir: Path, stands_for: dict[str, tuple[str, ...]]
+) -> Iterator[Study | Refusal]:
+    """Yield the studies of a folder of DICOM files and a refusal for every file not in one.
+
+    Args:
+        root: scanned folder.
+        options: naming, contrasts to keep, limits.
+        work_dir: private folder of the manifest; volumes go to `converted/` in it.
+        stands_for: gets, for the location of each converted volume, the files it was made of.
+
+    Raises:
+        ManifestError: the folder is missing or cannot be listed, or the converter is missing.
+    """
+    locations, refused = list_files(root)
+    yield from refused
+    progress = _Progress(options.on_progress, len(locations))
+    instances: list[Instance] = []
+    for location in locations:
+        read = read_instance(root, location, max_bytes=options.max_bytes)
+        progress.add(1)
+        if isinstance(read, Refusal):
+            yield read
+            progress.add(_PHASES - 1)
+        else:
+            instances.append(read)
+    stacks: list[Stack] = []
+    for found in find_stacks(instances):
+        if isinstance(found, Stack):
+            stacks.append(found)
+        else:
+            yield found
+            progress.add(_PHASES - 1)
+    if stacks:
+        yield from _convert_all(stacks, root, options, work_dir, stands_for, progress)
+
+
+def _convert_all(
+    stacks: Sequence[Stack],
+    root: Path,
+    options: SourceOptions,
+    work_dir: Path,
+    stands_for: dict[str, tuple[str, ...]],
+    progress: "_Progress",
+) -> Iterator[Study | Refusal]:
+    converter = make_converter(work_dir, options.max_bytes)
+    claims: list[FileClaim | Refusal] = []
+    executor = ThreadPoolExecutor(max_workers=options.num_threads)
+    try:
+        pending = [executor.submit(_claim, s, root, options, converter) for s in stacks]
+        for stack, made in zip(stacks, pending, strict=True):
+            claim = made.result()
+            stands_for[claim.location] = stack.locations
+            claims.append(claim)
+            progress.add(len(stack.locations))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    num_studies = 0
+    for found in build_studies(root, claims, replace(options, on_progress=None)):
+        if isinstance(found, Study):
+            num_studies += 1
+            progress.add(sum(len(stands_for[v.location]) for v in found.volumes))
+            yield found
+        else:
+            files = stands_for.pop(found.location)
+            progress.add(len(files))
+            yield from _refuse_each(found, files)
+    if num_studies:
+        prune(converter, {Path(location) for location in stands_for})
+
+
+def _refuse_each(refusal: Refusal, files: Sequence[str]) -> Iterator[Refusal]:
+    """Refuse the files that a converted volume stands for, each by its own name."""
+    reason = refusal.reason.replace(refusal.location, "the converted series")
+    for location in files:
+        yield replace(refusal, location=location, reason=reason)
+
+
+def _claim(
+    stack: Stack, root: Path, options: SourceOptions, converter: Converter
+) -> FileClaim | Refusal:
+    """Convert a stack and say what its headers say; the location is the converted file."""
+    first = stack.instances[0]
+    study_id = options.naming(stack.subject, stack.study_uid).study_id
+    reading = _read_contrast(first)
+    if reading.code and reading.code != "unknown_contrast":
+        return refuse(first.location, reading.code, reading.reason, study_id=study_id)
+    try:
+        path = convert(stack, study_id, root, converter)
+    except VolumeError as error:
+        return refuse(first.location, error.code, str(error), study_id=study_id)
+    return FileClaim(
+        location=str(path),
+        subject=stack.subject,
+        session=stack.study_uid,
+        reading=reading,
+        sidecar=first.sidecar,
+        description=first.description,
+        site=options.naming.site(*first.site),
+        source_files=stack.locations,
+    )
+
+
+def _read_contrast(first: Instance) -> ContrastReading:
+    """Return what description and physics say together; evidence holds known tokens only."""
+    guess = guess_from_description(first.description)
+    said = "; ".join(guess.evidence)
+    if guess.is_phase:
+        return ContrastReading(code="phase_image", reason=f"a phase image ({said})")
+    if guess.is_derived:
+        return ContrastReading(code="not_trainable", reason=f"not learned from ({said})")
+    verdict = combine_votes([vote_description(first.description), vote_physics(first.sidecar)])
+    evidence = tuple(vote.evidence for vote in verdict.votes if vote.evidence)
+    if verdict.contrast == "unknown":
+        reason = f"the header does not settle the contrast ({'; '.join(evidence) or 'no words'})"
+        return ContrastReading(evidence=evidence, code="unknown_contrast", reason=reason)
+    return ContrastReading(verdict.contrast, evidence)
+
+
+class _Progress:
+    """Counts files in thirds: header read, series converted, volume inspected."""
+
+    def __init__(self, report: Callable[[int, int], None] | None, num_files: int) -> None:
+        self._report = report
+        self._num_files = num_files
+        self._done = 0
+
+    def add(self, thirds: int) -> None:
+        self._done += thirds
+        if self._report is not None:
+            self._report(self._done // _PHASES, self._num_files)
