@@ -1,0 +1,113 @@
+"""The distributions of a report: spacing, shape, confidence and intensities.
+
+In: the columns of a manifest. Out: plain JSON values. Bins of a histogram are joined until each
+holds enough subjects, so that none has to be withheld; intensities are medians over the volumes of
+a contrast at a site, of sites with enough subjects only.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from anycontrast_datasets.contrast import CONTRAST_NAMES
+from anycontrast_datasets.report_cells import merge_bins
+from anycontrast_datasets.report_columns import Columns, Floats
+from anycontrast_datasets.report_text import visible
+
+MAX_SITES = 12
+"""Sites listed for a contrast, those with most volumes."""
+# Bins are centred on the usual values: 0.5, 1, 2, 5 mm, and whole multiples of 16 voxels.
+SPACING_EDGES: Floats = np.asarray(10.0 ** ((np.arange(-20, 28) - 0.5) / 20), dtype=np.float64)
+SIDE_EDGES: Floats = np.arange(65) * 16.0 + 8.0
+CONFIDENCE_EDGES: Floats = np.arange(21) / 20
+
+Bins = list[dict[str, float]]
+
+
+def histogram(values: Floats, people: Any, edges: Floats, least: int) -> Bins | None:
+    """Count values per bin; None if they come from fewer than `least` people.
+
+    Values beyond the outermost edges fall into the outermost bins.
+
+    Args:
+        values: [N].
+        people: [N] whose value it is.
+        edges: [B + 1], ascending.
+        least: Fewest people of a bin.
+    """
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    merged = merge_bins(bins, people, len(edges) - 1, least)
+    if merged is None:
+        return None
+    return [
+        {"from": _round(edges[first]), "to": _round(edges[last]), "volumes": count}
+        for first, last, count in merged
+    ]
+
+
+def geometry(columns: Columns, contrasts: Sequence[dict[str, Any]], least: int) -> dict[str, Any]:
+    """Histograms per contrast whose count is shown: finest and coarsest axis, shape of the grid."""
+    measures = {
+        "spacing_finest_mm": (columns.spacing_V3.min(axis=1, initial=np.inf), SPACING_EDGES),
+        "spacing_coarsest_mm": (columns.spacing_V3.max(axis=1, initial=0), SPACING_EDGES),
+        "side_longest_vox": (columns.shape_V3.max(axis=1, initial=0), SIDE_EDGES),
+        "side_shortest_vox": (columns.shape_V3.min(axis=1, initial=2**31), SIDE_EDGES),
+    }
+    names = [row["name"] for row in contrasts if isinstance(row["studies"], int)]
+    found: dict[str, Any] = {}
+    for measure, (values, edges) in measures.items():
+        rows = []
+        for name in names:
+            chosen = columns.contrast.codes == CONTRAST_NAMES.index(name)
+            bins = histogram(values[chosen], columns.person_V[chosen], edges, least)
+            rows.append({"name": name, "bins": bins})
+        found[measure] = [row for row in rows if row["bins"] is not None]
+    return found
+
+
+def confidence(columns: Columns, least: int) -> Bins | None:
+    """Histogram of the confidence in the contrast, over all volumes."""
+    return histogram(columns.confidence_V, columns.person_V, CONFIDENCE_EDGES, least)
+
+
+def intensities(columns: Columns, least: int) -> list[dict[str, Any]]:
+    """Intensity of the foreground per contrast and site, in source units.
+
+    Returns:
+        One entry per contrast, in the order of the vocabulary: `sites`, each with the medians over
+        its volumes of the 1st, 50th and 99th percentile, by ascending middle; `all`, the same over
+        every volume; `more_sites`, how many are not listed.
+    """
+    known = np.isfinite(columns.intensity_V3).all(axis=1)
+    site_V = columns.site.codes[columns.study_V]
+    found = []
+    for code, name in enumerate(CONTRAST_NAMES):
+        chosen = known & (columns.contrast.codes == code)
+        if len(np.unique(columns.person_V[chosen])) < least or not chosen.any():
+            continue
+        sites, counts = np.unique(site_V[chosen], return_counts=True)
+        order = sorted(range(len(sites)), key=lambda i: (-counts[i], int(sites[i])))
+        rows: list[dict[str, Any]] = []
+        more = 0
+        for site in (int(sites[i]) for i in order):
+            here = chosen & (site_V == site)
+            if len(rows) >= MAX_SITES or len(np.unique(columns.person_V[here])) < least:
+                more += 1
+                continue
+            label = visible(columns.site.names[site], 14) or "not known"
+            rows.append({"site": label, **_medians(columns.intensity_V3[here])})
+        rows.sort(key=lambda row: (row["p50"], row["site"]))
+        everything = _medians(columns.intensity_V3[chosen])
+        found.append({"name": name, "all": everything, "sites": rows, "more_sites": more})
+    return found
+
+
+def _medians(values_N3: Floats) -> dict[str, float]:
+    low, middle, high = np.median(values_N3, axis=0)
+    return {"p1": _round(low), "p50": _round(middle), "p99": _round(high)}
+
+
+def _round(value: float) -> float:
+    """Four significant digits: what a reader can use, and the same on every machine."""
+    return float(f"{float(value):.4g}")
