@@ -116,7 +116,7 @@ def parse_location(location: Path | str) -> Location:
         )
     parts = urlsplit(text)
     shown = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
-    if parts.fragment or "::" in text or (parts.query and scheme not in ("http", "https")):
+    if parts.fragment or "::" in parts.path or (parts.query and scheme not in ("http", "https")):
         raise ShardError(
             f"opening shards: the address {shown} must be that of one folder, without # or :: "
             "parts, and with a ? part only for https; give the folder's own address"

@@ -97,7 +97,7 @@ class RemoteSource:
         def ask(limit_s: float) -> memoryview:
             content = self._get(name, start, stop, limit_s)
             if len(content) != stop - start:
-                raise _Passing(f"got {len(content)} of {stop - start} bytes")
+                raise ShortAnswer(f"got {len(content)} of {stop - start} bytes")
             return memoryview(content)
 
         try:
@@ -194,8 +194,8 @@ class RemoteSource:
         return [form for secret in found if secret for form in (secret, unquote(secret))]
 
 
-class _Passing(OSError):
-    """An answer that was not whole."""
+class ShortAnswer(OSError):
+    """A server sent fewer bytes than were asked for."""
 
 
 def _make_file_system(location: Location, policy: RetryPolicy) -> Any:
@@ -283,10 +283,11 @@ def _is_passing(error: BaseException) -> bool:
 def _status(error: BaseException) -> int | None:
     """Find the HTTP status in an error of aiohttp, botocore or gcsfs, or in its cause."""
     response = getattr(error, "response", None)
+    found = getattr(error, "status", None)
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        found = getattr(error, "status", None) or getattr(error, "code", None)
+    elif type(error).__module__.startswith("gcsfs"):
+        found = getattr(error, "code", None)  # Elsewhere a code may be a parser's own.
     if isinstance(found, int):
         return found
     return _status(error.__cause__) if error.__cause__ is not None else None

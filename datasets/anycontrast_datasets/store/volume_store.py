@@ -268,7 +268,8 @@ class VolumeStore:
                 text = source.read(name, record_row.offset, end, unit=unit, again=again)
         except ShardError as error:
             remedy = f"; {AGAIN}" if source.is_local else ""
-            raise ShardError(f"{_where(record_row)}: {error}{remedy}", code=error.code) from error
+            where = f"shard {name}, study {record_row.study_id}"
+            raise ShardError(f"{where}: {error}{remedy}", code=error.code) from error
         parts = [block[row.offset - start : row.offset - start + row.bytes] for row in wanted]
         return [*parts, text]
 
