@@ -1,4 +1,4 @@
-"""What several test files build: one complete tiny run, studies of noise, NIfTI files.
+"""What several test files build: one complete tiny run, studies of noise, NIfTI files, DICOM.
 
 The tiny run is every stage a user calls on phantom studies of 8 mm, made once.
 """
@@ -327,3 +327,60 @@ def same_volume() -> "Callable[[LoadedVolume, LoadedVolume], bool]":
         )
 
     return same
+
+
+@pytest.fixture(scope="session")
+def dicom_head() -> Callable[..., Any]:
+    """`dicom_head(index, **tags)`: header and pixels of one slice of a T1w series of 24 slices.
+
+    32 x 32 pixels of 6 mm, slices 6 mm apart, an ellipsoid with a darker core.
+    """
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+
+    x, y, z = np.ogrid[-1:1:32j, -1:1:32j, -1:1:24j]  # type: ignore[misc]
+    radius = np.sqrt((x / 0.8) ** 2 + (y / 0.9) ** 2 + (z / 0.95) ** 2)
+    voxels = ((radius < 1) * (700 + 300 * x + 200 * (radius > 0.5))).astype("<u2")
+
+    def make(index: int, *, study: int = 1, series: int = 1, **tags: object) -> Dataset:
+        slice_ = Dataset()
+        slice_.file_meta = FileMetaDataset()
+        slice_.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        slice_.SOPClassUID, slice_.Modality = MRImageStorage, "MR"
+        slice_.PatientID, slice_.PatientName = "0042", "Doe^Jane"
+        slice_.StudyInstanceUID, slice_.SeriesInstanceUID = f"1.2.{study}", f"1.2.{study}.{series}"
+        slice_.SOPInstanceUID = f"1.2.{study}.{series}.{index}"
+        slice_.SeriesNumber, slice_.InstanceNumber = series, index + 1
+        slice_.SeriesDescription, slice_.ImageType = "t1_mprage", ["ORIGINAL", "PRIMARY", "M"]
+        slice_.Manufacturer, slice_.MagneticFieldStrength = "SIEMENS", "3"
+        slice_.ScanningSequence, slice_.MRAcquisitionType = ["GR", "IR"], "3D"
+        slice_.EchoTime, slice_.RepetitionTime, slice_.InversionTime = "2.5", "1900", "900"
+        slice_.FlipAngle, slice_.SliceThickness, slice_.PixelSpacing = "9", "6", ["6", "6"]
+        slice_.ImagePositionPatient = ["-93", "-93", str(-69 + 6 * index)]
+        slice_.ImageOrientationPatient = ["1", "0", "0", "0", "1", "0"]
+        slice_.Rows = slice_.Columns = 32
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
+        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit = 16, 12, 11
+        slice_.PixelRepresentation = 0
+        slice_.PixelData = voxels[:, :, index % 24].T.tobytes()
+        for keyword, value in tags.items():
+            setattr(slice_, keyword, value)
+        slice_.file_meta.MediaStorageSOPClassUID = slice_.SOPClassUID
+        slice_.file_meta.MediaStorageSOPInstanceUID = slice_.SOPInstanceUID
+        return slice_
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_dicom(dicom_head: Callable[..., Any]) -> Callable[..., list[Path]]:
+    """`write_dicom(folder, slices=range(24), **tags)`: files of one series, `IM0000` and so on."""
+
+    def write(folder: Path, slices: Any = range(24), **tags: Any) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"IM{index:04d}" for index in slices]
+        for index, path in zip(slices, paths, strict=True):
+            dicom_head(index, **tags).save_as(path, enforce_file_format=True)
+        return paths
+
+    return write
