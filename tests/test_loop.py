@@ -94,7 +94,10 @@ class RowStream:
     def state_dict(self, next_step: int) -> dict[str, object]:
         return {"name": self._name, "next_step": next_step}
 
-    def check_state(self, state: dict[str, object]) -> None:
+    num_quarantined = 0
+    damages = ()
+
+    def restore(self, state: dict[str, object]) -> None:
         if state["name"] != self._name:
             raise ValueError(f"the saved data cursor is of another stream: {state['name']!r}")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_a_contrast_only_one_rank_saw_is_in_the_run_s_line() -> None:
             "tokens": 10,
             "studies": 1,
             "wait_s": wait_s,
+            "waited_s": wait_s,
+            "mix": Counter(),
             "elapsed_s": 2.0,
             "memory_bytes": 100 * wait_s,
         }

@@ -7,7 +7,7 @@ a list of studies. A lost serving, a doubled one, or two that cancel out in numb
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,16 +64,20 @@ class EpochAudit:
     """Servings left out because the study cannot be read."""
     served_hash: str
     """Of the servings as a multiset: equal if and only if the same studies were served."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Share of the places by dataset, contrast and contrast set, see `mixing.mix_shares`."""
 
     def line(self) -> str:
         """Return the audit in one line."""
         of_split = f"{self.manifest} studies"
         if (self.drawn, self.places) != (self.manifest, self.manifest):
             of_split = f"{self.places} places for {self.drawn} of {self.manifest} studies"
+        datasets = [name for name in self.mix if name.startswith("dataset/")]
+        shares = ", ".join(f"{n.partition('/')[2]} {self.mix[n]:.1%}" for n in datasets[:20])
         since = f", counted from place {self.first_place}" if self.first_place else ""
         return (
             f"epoch {self.epoch}: {of_split} = {self.served} served + {self.quarantined} "
-            f"quarantined{since}; hash {self.served_hash}"
+            f"quarantined{since}; hash {self.served_hash}" + (f"; {shares}" if shares else "")
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ it belongs to. The weights of a study multiply; whatever is not named has weight
 import difflib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -19,6 +20,9 @@ from anycontrast_datasets.contrast import contrast_id, contrast_name
 from anycontrast_datasets.study import ManifestError
 
 logger = logging.getLogger(__name__)
+
+MAX_SETS = 20
+"""Contrast sets whose share is reported: there may be thousands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,30 @@ def strata(
     """Number each study's group: dataset by dataset, and within it contrast set by contrast set."""
     set_U, set_N = np.unique(contrast_set_N, return_inverse=True)
     return dataset_N * len(set_U) + set_N
+
+
+def mix_shares(
+    dataset_names: Sequence[str],
+    dataset_P: npt.NDArray[np.int64],
+    contrast_set_P: npt.NDArray[np.uint64],
+) -> dict[str, float]:
+    """Return the share of places by `dataset/<name>`, `contrast/<name>` and `set/<names>`.
+
+    Of the sets only the 20 most frequent. Without places it is empty.
+    """
+    if len(dataset_P) == 0:
+        return {}
+    counts: Counter[str] = Counter()
+    sets: Counter[str] = Counter()
+    for number, count in enumerate(np.bincount(dataset_P, minlength=len(dataset_names))):
+        counts[f"dataset/{dataset_names[number]}"] = int(count)
+    set_U, count_U = np.unique(contrast_set_P, return_counts=True)
+    for bits, count in zip(set_U.tolist(), count_U.tolist(), strict=True):
+        sets[f"set/{contrast_set_name(bits)}"] = count
+        for name in _members(bits):
+            counts[f"contrast/{name}"] += count
+    counts.update(dict(sets.most_common(MAX_SETS)))
+    return {name: count / len(dataset_P) for name, count in counts.items()}
 
 
 def contrast_set_name(bits: int) -> str:

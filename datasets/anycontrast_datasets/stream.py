@@ -15,12 +15,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 from anycontrast_datasets.audit import EpochAudit, Tally, close_epoch
 from anycontrast_datasets.batch import PackedBatch
+from anycontrast_datasets.mixing import mix_shares
 from anycontrast_datasets.pack_reader import PackReader, ReadPack
 from anycontrast_datasets.quarantine import Damage, Quarantine
 from anycontrast_datasets.selection import select_studies
@@ -150,6 +151,11 @@ class StudyStream:
         return len(self._quarantine)
 
     @property
+    def damages(self) -> tuple[Damage, ...]:
+        """What could not be read, one per study and member, as far as this rank knows."""
+        return self._quarantine.damages
+
+    @property
     def steps_per_epoch(self) -> float:
         """Global steps in an epoch; a fraction when an epoch ends inside a step."""
         return self._planner.steps_per_epoch
@@ -233,15 +239,15 @@ class StudyStream:
             AuditError: If studies were lost or served twice.
         """
         study_P, repeat_P = self._planner.places_from(epoch, tally.first_place)
+        chosen = self._selection
         audit = close_epoch(
-            epoch,
-            tally,
-            id_hash_N=self._selection.id_hash_N,
-            study_P=study_P,
-            repeat_P=repeat_P,
+            epoch, tally, id_hash_N=chosen.id_hash_N, study_P=study_P, repeat_P=repeat_P
+        )
+        mix = mix_shares(
+            chosen.dataset_names, chosen.dataset_N[study_P], chosen.contrast_set_N[study_P]
         )
         self._served.forget(epoch)
-        return audit
+        return replace(audit, mix=mix)
 
     def add_damages(self, damages: Sequence[Damage]) -> tuple[Damage, ...]:
         """Take over what other ranks could not read; return what was not known.

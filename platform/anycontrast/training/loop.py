@@ -4,6 +4,8 @@ Comes in: a task, and a stream of packs that is a pure function of (seed, step).
 folder.
 
     <folder>/metrics.jsonl               one object per logged step; tensorboard/ beside it
+    <folder>/audit.jsonl                 one object per finished epoch, see `data_log.py`
+    <folder>/quarantine.jsonl            one object per study that could not be read
     <folder>/checkpoints/step-00000100/  after 100 steps, see `checkpoint.py`
     <folder>/panels/                     pictures
     <folder>/best.json                   {"checkpoint", "step", metrics}, where the task validates
@@ -14,12 +16,10 @@ A step whose loss or gradient is not finite on any rank is skipped on every rank
 import json
 import logging
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -35,12 +35,14 @@ from anycontrast.training.checkpoint import (
     save,
     sweep,
 )
+from anycontrast.training.data_log import DataLog
 from anycontrast.training.engine import Engine, EngineConfig
 from anycontrast.training.metrics import Meter, MetricsWriter, read_metrics
 from anycontrast.training.optim import OptimConfig, lr_at
 from anycontrast.training.process_group import from_rank_0, gather_objects, rank, reduce_sums
 from anycontrast.training.provenance import announce, versions
 from anycontrast.training.run_lock import RunLock
+from anycontrast.training.stop_signal import stop_signal
 from anycontrast.training.task import Micro, Parts, Task, Validation
 from anycontrast_datasets.stream import StepPacks, StudyStream
 
@@ -121,10 +123,13 @@ def run_loop(
         stop_requested: asked at every step besides SIGTERM; True on any rank stops all.
 
     Returns:
-        `{"step", "checkpoint", "loss", "skipped_steps"}`; `checkpoint` is a path as a string.
+        `{"step", "checkpoint", "loss", "skipped_steps", "quarantined_studies"}`; `checkpoint` is a
+        path as a string.
 
     Raises:
         TrainingError: too many non-finite steps in a row.
+        ShardError: a study cannot be read, or too many, see `StreamConfig.on_corrupt`.
+        AuditError: studies were lost or served twice in an epoch.
         TrainingInterrupted: asked to stop; the state is saved.
         CheckpointError: a checkpoint cannot be written or used, or another job holds the folder.
     """
@@ -135,12 +140,13 @@ def run_loop(
         stream = stack.enter_context(open_stream(start))
         num_steps = config.steps or math.ceil(config.epochs * stream.steps_per_epoch)
         if found is not None:
-            _check_stream(stream, found)
+            _restore_stream(stream, found)
             if start >= num_steps:
                 logger.info("reused %s: all %d steps are done already", folder, start)
-                return _result(folder, found.step, found.path, int(found.state["skipped_steps"]))
+                skipped = int(found.state["skipped_steps"])
+                return _result(folder, found.step, found.path, skipped, stream.num_quarantined)
             load_model(found, task.model)
-        stopping = stack.enter_context(_stop_signal(stop_requested))
+        stopping = stack.enter_context(stop_signal(stop_requested))
         run = _Run(task, stream, config, folder, num_steps, stopping)
         run.state = {
             "kind": task.kind,
@@ -189,8 +195,9 @@ class _Run:
         if found is not None:
             load_optimizer(found, self.engine)
             logger.info("resuming at step %d of %d from %s", found.step, self.num_steps, found.path)
+        start = found.step if found else 0
+        self.data = DataLog(self.stream, self.folder, start_step=start)
         if rank() == 0:
-            start = found.step if found else 0
             self.writer = stack.enter_context(MetricsWriter(self.folder, start_step=start))
             if sys.stderr.isatty():
                 self.show = stack.enter_context(progress("training", "steps"))
@@ -213,7 +220,8 @@ class _Run:
                     panels = self.folder / "panels"
                     self.task.panels(model, micros[0], step=step, folder=panels)
             if is_last:
-                return _result(self.folder, step, path, self.engine.skipped_steps)
+                skipped = self.engine.skipped_steps
+                return _result(self.folder, step, path, skipped, self.stream.num_quarantined)
             if is_stopping:
                 raise TrainingInterrupted(
                     f"stopped on request after step {step} of {self.num_steps}; saved {path}, run "
@@ -229,17 +237,22 @@ class _Run:
             self.task.prepare(batch, step=packs.step, device=engine.device) for batch in packs.packs
         ]
         own_count = float(sum(micro.count for micro in micros))
-        # One sum for both: every rank learns the global count and whether anyone is to stop.
-        count, num_stopping = reduce_sums([own_count, float(self.stopping())], engine.device)
+        # One sum for all: every rank learns the global count, whether anyone is to stop, and
+        # whether anyone met a damaged study.
+        own = [own_count, float(self.stopping()), float(len(packs.damages))]
+        count, num_stopping, num_damages = reduce_sums(own, engine.device)
         parts: list[Parts] = []
         for micro in micros:
             loss, found = engine.loss(micro)
             engine.backward(loss, max(count, 1.0))
             parts.append({"loss": (loss.detach(), loss.new_tensor(float(micro.count))), **found})
         is_applied = engine.step()
-        self.meter.add_step(micros, parts, data_wait_s=packs.data_wait_s, is_applied=is_applied)
+        self.meter.add_step(
+            micros, parts, data_wait_s=packs.data_wait_s, is_applied=is_applied, mix=packs.mix
+        )
         if not is_applied:
             self.report_bad_step(packs.step + 1, micros, parts)
+        self.data.note(packs, num_damages=int(num_damages))
         self.show(packs.step + 1, self.num_steps)
         logger.debug("step %d took %.3f s", packs.step + 1, time.perf_counter() - start_s)
         return micros, num_stopping > 0
@@ -312,7 +325,7 @@ class _Run:
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of `step`."""
-        state = {**self.state, "stream": self.stream.state_dict(step), "num_steps": self.num_steps}
+        state = {**self.state, "stream": self.data.state(step), "num_steps": self.num_steps}
         best = _read_best(self.folder)
         return save(
             self.folder / "checkpoints",
@@ -350,9 +363,9 @@ def _find_checkpoint(root: Path, is_resuming: bool) -> CheckpointInfo | None:
     return None
 
 
-def _check_stream(stream: StudyStream, found: CheckpointInfo) -> None:
+def _restore_stream(stream: StudyStream, found: CheckpointInfo) -> None:
     try:
-        stream.check_state(found.state["stream"])
+        stream.restore(found.state["stream"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"resuming from {found.path}: {error}") from error
 
@@ -363,32 +376,14 @@ def _read_best(folder: Path) -> dict[str, Any] | None:
     return best
 
 
-def _result(folder: Path, step: int, path: Path, skipped_steps: int) -> dict[str, Any]:
+def _result(
+    folder: Path, step: int, path: Path, skipped_steps: int, num_quarantined: int
+) -> dict[str, Any]:
     losses = [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     return {
         "step": step,
         "checkpoint": str(path),
         "loss": losses[-1] if losses else None,
         "skipped_steps": skipped_steps,
+        "quarantined_studies": num_quarantined,
     }
-
-
-@contextmanager
-def _stop_signal(stop_requested: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
-    """Yield a question: was SIGTERM received, or does the caller want to stop?
-
-    Python delivers signals to the main thread only; elsewhere the caller has to ask.
-    """
-    received = threading.Event()
-
-    def stopping() -> bool:
-        return received.is_set() or (stop_requested is not None and stop_requested())
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
-    try:
-        yield stopping
-    finally:
-        signal.signal(signal.SIGTERM, before)

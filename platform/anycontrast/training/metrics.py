@@ -2,15 +2,17 @@
 
 Keys of `metrics.jsonl`: `step`, `epoch`, `time_s`, `loss`, `loss/contrast/<name>`,
 `loss/set/<names joined by +>`, `lr`, `grad_norm`, `skipped_steps`, `tokens_per_s`,
-`studies_per_s`, `data_wait_s` (mean per step, of the slowest rank), `memory_bytes` (peak, of the
-fullest rank), and whatever a validation returned.
+`studies_per_s` (every mask of a study counts), `data_wait_s` (mean per step, of the slowest rank),
+`data_wait_share` (of the time, of the slowest rank), `memory_bytes` (peak, of the fullest rank),
+`mix/dataset/<name>`, `mix/contrast/<name>` and `mix/set/<names>` (share of the studies served; of
+the sets the most frequent), and whatever a validation returned.
 """
 
 import json
 import math
 import resource
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from anycontrast.training.process_group import gather_objects
 from anycontrast.training.task import Micro, Parts
+from anycontrast_datasets.mixing import MAX_SETS
 
 
 class Meter:
@@ -36,12 +39,20 @@ class Meter:
         self._studies = 0
         self._wait_s = 0.0
         self._steps = 0
+        self._mix: Counter[str] = Counter()
         self._start_s = time.perf_counter()
 
     def add_step(
-        self, micros: list[Micro], parts: list[Parts], *, data_wait_s: float, is_applied: bool
+        self,
+        micros: list[Micro],
+        parts: list[Parts],
+        *,
+        data_wait_s: float,
+        is_applied: bool,
+        mix: Mapping[str, int] | None = None,
     ) -> None:
-        """Count one step; the losses of a skipped step are left out."""
+        """Count one step, with `StepPacks.mix`; the losses of a skipped step are left out."""
+        self._mix.update(mix or {})
         self._steps += 1
         self._wait_s += data_wait_s
         self._tokens += sum(micro.num_tokens for micro in micros)
@@ -58,7 +69,9 @@ class Meter:
             "tokens": self._tokens,
             "studies": self._studies,
             "wait_s": self._wait_s / max(self._steps, 1),
+            "waited_s": self._wait_s,
             "elapsed_s": time.perf_counter() - self._start_s,
+            "mix": self._mix,
             "memory_bytes": peak_memory_bytes(),
         }
         self._restart()
@@ -77,8 +90,18 @@ def _combine(ranks: list[dict[str, Any]]) -> dict[str, float]:
         "tokens_per_s": sum(one["tokens"] for one in ranks) / elapsed_s,
         "studies_per_s": sum(one["studies"] for one in ranks) / elapsed_s,
         "data_wait_s": max(one["wait_s"] for one in ranks),
+        "data_wait_share": max(one["waited_s"] for one in ranks) / elapsed_s,
         "memory_bytes": max(one["memory_bytes"] for one in ranks),
+        **_mix_shares(sum((one["mix"] for one in ranks), Counter())),
     }
+
+
+def _mix_shares(counts: Counter[str]) -> dict[str, float]:
+    num_studies = sum(count for name, count in counts.items() if name.startswith("dataset/"))
+    sets = Counter({name: count for name, count in counts.items() if name.startswith("set/")})
+    logged = [name for name in counts if name not in sets]
+    logged += [name for name, _ in sets.most_common(MAX_SETS)]
+    return {f"mix/{name}": counts[name] / num_studies for name in sorted(logged)}
 
 
 def peak_memory_bytes() -> int:
@@ -102,7 +125,7 @@ class MetricsWriter:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _drop_after(self.path, start_step)
+        drop_lines_after(self.path, start_step)
         self._lines = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
@@ -146,7 +169,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> None:
+    """Rewrite a file of JSON lines without those of later steps."""
     if not path.is_file():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]

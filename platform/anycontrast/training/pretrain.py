@@ -23,6 +23,7 @@ from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.store.reader import StudyStore, open_store
 from anycontrast_datasets.stream import StreamConfig, StudyStream
+from anycontrast_datasets.study import ShardError
 
 if TYPE_CHECKING:
     from anycontrast.training.config import Config
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # V volumes of a batch, M decoded hidden tokens, G groups of volumes that share a log line.
+
+
+_MAX_PANEL_CANDIDATES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,12 @@ class PretrainTask:
         from anycontrast.evaluation.panels import reconstruction_panel
 
         assert isinstance(model, AMAE)
-        index = _panel_study(self._store)
-        batch = pack_studies([self._store.read(index)], self._patch_vox, epochs=[0])
+        try:
+            study = self._store.read(_panel_study(self._store))
+        except ShardError as error:
+            logger.warning("no picture at step %d: %s", step, error)
+            return
+        batch = pack_studies([study], self._patch_vox, epochs=[0])
         where = micro.inputs.target_index_M.device
         pack = mask_batch(batch, self._masking, self._seed).to(where)
         reconstruction_MP = model.reconstruct(pack)
@@ -114,7 +122,7 @@ def pretrain_worker(
         stop_requested: see `loop.run_loop`.
 
     Returns:
-        `{"step", "checkpoint", "loss", "skipped_steps"}`.
+        See `loop.run_loop`.
 
     Raises:
         TrainingError: the packs cannot be shared by the ranks, or training cannot go on.
@@ -168,10 +176,14 @@ def _init_from(model: nn.Module, path: Path) -> None:
 
 
 def _panel_study(store: StudyStore) -> int:
-    """Index of the study to draw: of split val if there is one, with the most contrasts."""
+    """Index of the study to draw: of split val if there is one, with the most contrasts.
+
+    Looked for among the first studies only, because there may be a million.
+    """
     records = store.records
     return max(
-        range(len(records)), key=lambda i: (records[i].split == "val", len(records[i].volumes), -i)
+        range(min(len(records), _MAX_PANEL_CANDIDATES)),
+        key=lambda i: (records[i].split == "val", len(records[i].volumes), -i),
     )
 
 
