@@ -338,7 +338,7 @@ def dicom_head() -> Callable[..., Any]:
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
-    x, y, z = np.ogrid[-1:1:32j, -1:1:32j, -1:1:24j]  # type: ignore[misc]
+    x, y, z = np.ogrid[-1:1:32j, -1:1:32j, -1:1:24j]
     radius = np.sqrt((x / 0.8) ** 2 + (y / 0.9) ** 2 + (z / 0.95) ** 2)
     voxels = ((radius < 1) * (700 + 300 * x + 200 * (radius > 0.5))).astype("<u2")
 
