@@ -198,7 +198,7 @@ class ZarrStore:
         return record, {row.contrast: row for row in rows[:-1] if row.resolution == 0}
 
     def _check(self, rows: list[ArrayRow], record: StudyRecord) -> None:
-        """Compare the rows of a study with the arrays that its record says it has."""
+        """Compare the rows of a study with its record, and with what an array of ours can be."""
         expected = [(name, "int16") for name in record.contrasts]
         if record.has_label:
             expected.append((LABEL, "uint8"))
@@ -211,6 +211,8 @@ class ZarrStore:
                 f"study {record.study_id}: the index must list {expected} of shape {record.shape}, "
                 f"lists {found} of {sorted(shapes)} for {sorted(ids)}; {AGAIN}"
             )
+        for row in full:
+            assert row.layout.shape == record.shape
 
     def _decode(
         self,

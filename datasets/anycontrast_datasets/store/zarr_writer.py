@@ -17,14 +17,15 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anycontrast_datasets.files import sync_path, write_durably
+from anycontrast_datasets.disk import full_disk_named, write_checked
+from anycontrast_datasets.files import sync_path
 from anycontrast_datasets.store.byte_source import LocalSource
 from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.store.volume_index import (
@@ -84,7 +85,7 @@ def write_zarr_store(
         for folder in (out / PARTIAL, out / RECEIPTS):
             folder.mkdir(exist_ok=True)
         _remove_stale(out, {record.study_id for record in source.records})
-        write_durably(hierarchy / "zarr.json", root_metadata())
+        write_checked(hierarchy / "zarr.json", root_metadata())
         receipts = []
         with ThreadPoolExecutor(config.num_threads) as pool:
             tasks = [pool.submit(_convert, source, n, out, config) for n in range(total)]
@@ -126,19 +127,16 @@ def _convert(source: StudyStore, index: int, out: Path, config: ZarrConfig) -> _
         return kept
     files, rows = study_files(arrays, config)
     partial = out / PARTIAL / study_id
-    for name, content in files.items():
-        path = partial / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
-    for parent, _, _ in os.walk(partial):
-        sync_path(Path(parent))
+    num_bytes = sum(map(len, files.values()))
+    with full_disk_named(folder, num_bytes):
+        _write_files(partial, files)
     _withdraw(out)
     receipt_path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     sync_path(folder.parent)
-    receipt = _Receipt(key, tuple(rows), sum(map(len, files.values())))
-    write_durably(receipt_path, _receipt_text(receipt))
+    receipt = _Receipt(key, tuple(rows), num_bytes)
+    write_checked(receipt_path, _receipt_text(receipt))
     return receipt
 
 
@@ -189,8 +187,8 @@ def _commit(
     text = (json.dumps(dataset, indent=1) + "\n").encode()
     if not _holds(out / DATASET_NAME, text) or not _holds(out / INDEX_NAME, index):
         _withdraw(out)
-        write_durably(out / INDEX_NAME, index)
-        write_durably(out / DATASET_NAME, text)
+        write_checked(out / INDEX_NAME, index)
+        write_checked(out / DATASET_NAME, text)
     return {
         "num_studies": len(receipts),
         "num_reused": sum(receipt.is_reused for receipt in receipts),
@@ -225,11 +223,17 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() == content
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files below a new folder and make them durable."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    for parent, _, _ in os.walk(folder):
+        sync_path(Path(parent))
 
 
 def _receipt_text(receipt: _Receipt) -> bytes:
