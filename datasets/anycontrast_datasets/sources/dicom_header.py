@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,19 +45,6 @@ _UNDEFINED_LENGTH = 0xFFFFFFFF
 _FIRST_ELEMENTS = tuple(
     struct.pack("<HH", group, element)
     for group, element in ((2, 0), (2, 1), (8, 0), (8, 1), (8, 5), (8, 8), (8, 0x12), (8, 0x16))
-)
-_PARSER_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,  # RecursionError and NotImplementedError among them
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
 )
 
 
@@ -126,8 +114,7 @@ def read_instance(root: Path, location: str, *, max_bytes: int) -> Instance | Re
 
 def _refuse_bytes(location: str, head: bytes) -> Refusal | None:
     """Look at the bytes before any parser does."""
-    has_magic = head[_MAGIC_AT : _MAGIC_AT + 4] == b"DICM"
-    if not has_magic and not head.startswith(_FIRST_ELEMENTS):
+    if not _is_marked(head) and not head.startswith(_FIRST_ELEMENTS):
         return refuse(location, "not_dicom", "neither the DICOM mark nor a plausible header")
     if _DIRECTORY in head[:1024]:
         return refuse(location, "dicomdir", "a directory of other files")
@@ -139,21 +126,27 @@ def _refuse_bytes(location: str, head: bytes) -> Refusal | None:
     return None
 
 
+def _is_marked(head: bytes) -> bool:
+    return head[_MAGIC_AT : _MAGIC_AT + 4] == b"DICM"
+
+
 def _parse(
     location: str, head: bytes, stream: io.BufferedReader, size: int, max_bytes: int
 ) -> Instance | Refusal:
     buffer = io.BytesIO(head)
+    # Without the mark it was a guess that the file is DICOM at all.
+    unreadable = "dicom_unreadable" if _is_marked(head) else "not_dicom"
     try:
         with _quiet():
             dataset = _read_dataset(buffer)
             header_end = buffer.tell()
             found = _instance(location, dataset)
-    except _PARSER_ERRORS as error:
+    except _parser_errors() as error:
         # The message may quote the header; its type may not.
         reason = f"the header cannot be parsed ({type(error).__name__})"
-        return refuse(location, "dicom_unreadable", reason)
-    if isinstance(found, Refusal):
-        return found
+        return refuse(location, unreadable, reason)
+    if found is None:
+        return refuse(location, unreadable, "the UID of study, series or instance is missing")
     if header_end >= len(head):
         if size > len(head):
             reason = f"the header is longer than {MAX_HEADER_BYTES} bytes"
@@ -197,6 +190,18 @@ def _refuse_pixels(found: Instance, element: bytes, remaining: int) -> Refusal |
     return None
 
 
+@cache
+def _parser_errors() -> tuple[type[Exception], ...]:
+    """Return everything that the parser was seen to raise on damaged headers."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    return (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError),
+        *(RuntimeError, TypeError, ValueError, struct.error, zlib.error),
+        *(BytesLengthException, InvalidDicomError),
+    )
+
+
 def _read_dataset(buffer: io.BytesIO) -> "Dataset":
     import pydicom
 
@@ -223,15 +228,11 @@ def _quiet() -> Iterator[None]:
         config.settings.reading_validation_mode = mode
 
 
-def _instance(location: str, dataset: "Dataset") -> Instance | Refusal:
-    """Take what is needed out of a header; the hashes are filled in later."""
-    modality, sop_class = values.text(dataset, "Modality"), values.text(dataset, "SOPClassUID")
+def _instance(location: str, dataset: "Dataset") -> Instance | None:
+    """Take what is needed out of a header, None without the UIDs; hashes are filled in later."""
     uids = [values.text(dataset, f"{level}InstanceUID") for level in ("Study", "Series", "SOP")]
-    if not modality and not sop_class and not any(uids):
-        return refuse(location, "not_dicom", "no element of an image in it")
     if not all(uids):
-        reason = "the UID of study, series or instance is missing"
-        return refuse(location, "dicom_unreadable", reason)
+        return None
     frames, groups = read_frames(dataset, MAX_FRAMES)
     photometric = values.text(dataset, "PhotometricInterpretation").upper()
     rows, columns = (max(values.whole(dataset, key) or 0, 0) for key in ("Rows", "Columns"))
@@ -249,8 +250,8 @@ def _instance(location: str, dataset: "Dataset") -> Instance | Refusal:
         sop_uid=uids[2],
         site=(values.text(dataset, "InstitutionName"), device),
         description=" ".join(dict.fromkeys(part for part in described if part)),
-        sop_class=sop_class,
-        is_mri=modality.upper() == "MR",
+        sop_class=values.text(dataset, "SOPClassUID"),
+        is_mri=values.text(dataset, "Modality").upper() == "MR",
         image_type=values.words(dataset, "ImageType", tags.IMAGE_TYPES),
         component=values.text(dataset, "ComplexImageComponent").upper(),
         burnt_in=values.text(dataset, "BurnedInAnnotation").upper(),
