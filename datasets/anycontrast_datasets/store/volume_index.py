@@ -148,10 +148,11 @@ def read_index(source: ByteSource, sha256: str) -> pa.Table:
     try:
         file = pq.ParquetFile(io.BytesIO(content))
         groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > MAX_INDEX_BYTES:
-            raise ShardError(f"opening shards: the index {where} unpacks to too much; {AGAIN}")
+        num_bytes = sum(group.total_byte_size for group in groups)
+        if num_bytes > MAX_INDEX_BYTES:
+            raise ValueError(f"it unpacks to {num_bytes} bytes")
         return file.read(columns=INDEX_SCHEMA.names).cast(INDEX_SCHEMA).combine_chunks()
-    except (pa.ArrowException, KeyError, OSError) as error:
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         raise ShardError(
             f"opening shards: the index {where} is not one of ours ({error}); {AGAIN}"
         ) from error
