@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anycontrast_datasets.duplicates import NEAR_BITS
+from anycontrast_datasets.duplicates import near_duplicates as find_near_duplicates
 from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.ledger import read_ledger
 from anycontrast_datasets.manifest import MANIFEST_NAME, SCHEMA_VERSION, manifest_fingerprint
@@ -36,8 +38,6 @@ REPORT_NAME = "report.html"
 LEDGER_PATH = "private/ledger.csv"
 MIN_CELL = 10
 """Fewest subjects behind a count that is shown."""
-MAX_HASH_BITS = 24
-"""Image hashes that differ in no more of their 512 bits are near-duplicates."""
 
 
 def write_report(
@@ -48,7 +48,7 @@ def write_report(
     min_cell: int = MIN_CELL,
     montage: bool = True,
     synthetic: bool = False,
-    max_hash_bits: int = MAX_HASH_BITS,
+    max_hash_bits: int = NEAR_BITS,
 ) -> dict[str, Any]:
     """Write the report of a manifest.
 
@@ -132,14 +132,10 @@ def report_numbers(columns: Columns, min_cell: int, max_hash_bits: int) -> dict[
 
 
 def _near_duplicates(columns: Columns, min_cell: int, max_bits: int) -> dict[str, Any] | None:
-    from anycontrast_datasets.duplicates import near_duplicates as find
-
     if not any(columns.image_hashes):
         return None
-    known = [i for i, text in enumerate(columns.image_hashes) if text]
-    pairs = find([columns.image_hashes[i] for i in known], max_bits)
-    numbered = [(known[pair[0]], known[pair[1]]) for pair in pairs]
-    return near_duplicates(columns, numbered, max_bits, min_cell)
+    pairs = [(i, j) for i, j, _ in find_near_duplicates(columns.image_hashes, max_bits)]
+    return near_duplicates(columns, pairs, max_bits, min_cell)
 
 
 def _ledger(path: Path, min_cell: int) -> dict[str, Any] | None:

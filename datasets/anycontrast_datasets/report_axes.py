@@ -27,7 +27,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
         if len(ticks) <= 7:
             break
-    return ticks or [low, high]
+    spread = 0.09 * math.log(high / low)
+    kept = ticks[:1]
+    for tick in ticks[1:]:
+        if math.log(tick / kept[-1]) >= spread:
+            kept.append(tick)
+    return kept or [low, high]
 
 
 def _step(rough: float) -> float:

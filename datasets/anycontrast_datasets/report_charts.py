@@ -4,7 +4,6 @@ In: published numbers (see `report_numbers`, `report_spread`), never raw ones. O
 chart is a table a screen reader can walk through; marks stretch with the page, words do not.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,21 +123,21 @@ def _set_sizes(contrasts: Sequence[Row]) -> str:
 
 
 def _dots(members: Sequence[str], names: Sequence[str]) -> str:
-    places = [names.index(name) for name in members]
-    marks = []
-    if len(places) > 1:
-        x1, x2 = ((p + 0.5) * COLUMN_PX for p in (min(places), max(places)))
+    inside = {name: (names.index(name) + 0.5) * COLUMN_PX for name in members}
+    marks = [
+        f'<circle cx="{(place + 0.5) * COLUMN_PX:g}" cy="13" r="3" style="fill:var(--line)"/>'
+        for place, name in enumerate(names)
+        if name not in inside
+    ]
+    if len(inside) > 1:
         marks.append(
-            f'<line x1="{x1:g}" x2="{x2:g}" y1="13" y2="13" '
+            f'<path d="M{min(inside.values()):g} 13H{max(inside.values()):g}" '
             'style="stroke:var(--soft);stroke-width:2"/>'
         )
-    for place, name in enumerate(names):
-        inside = name in members
-        fill = contrast_color(name) if inside else "var(--line)"
-        marks.append(
-            f'<circle cx="{(place + 0.5) * COLUMN_PX:g}" cy="13" r="{6 if inside else 3}" '
-            f'style="fill:{fill}"/>'
-        )
+    marks += [
+        f'<circle cx="{x:g}" cy="13" r="6" style="fill:{contrast_color(name)}"/>'
+        for name, x in inside.items()
+    ]
     label = " + ".join(members) or "no contrast"
     return (
         f'<svg width="{COLUMN_PX * len(names)}" height="26" role="img" '
@@ -153,7 +152,7 @@ def ridges(
 
     Args:
         caption: What is distributed.
-        rows: `name` and `bins` (`from`, `to`, `volumes`).
+        rows: `name`, `median` and `bins` (`from`, `to`, `volumes`).
         unit: Of the axis.
         domain: Ends of the axis.
         is_log: Logarithmic axis.
@@ -161,15 +160,13 @@ def ridges(
     scale, ticks = axis_of(domain, is_log=is_log)
     lines = []
     for row in rows:
-        peak = max(row["bins"], key=lambda b: _density(b, scale))
-        middle = math.sqrt(peak["from"] * peak["to"]) if is_log else _middle(peak)
         plot = _histogram(row["bins"], scale, ticks, unit, contrast_color(row["name"]), "ridge")
         lines.append(
             f"<tr>{_head(row['name'], contrast_color(row['name']))}"
             f'<td class="plot-cell">{plot}</td>'
-            f'<td class="n">{number(float(f"{middle:.2g}") if is_log else round(middle))}</td></tr>'
+            f'<td class="n">{number(row["median"])}</td></tr>'
         )
-    return _chart(caption, lines, scale, ticks, unit, ("contrast", f"peak, {unit}"))
+    return _chart(caption, lines, scale, ticks, unit, ("contrast", "median"))
 
 
 def histogram(
@@ -200,9 +197,9 @@ def ranges(contrast: Row) -> str:
             f'<div class="range"><svg class="plot" viewBox="0 0 1000 100" role="img" '
             f'preserveAspectRatio="none" aria-label="{escape(words)}">'
             f"<title>{escape(row['site'])}: {escape(words)}</title>{_gridlines(scale, ticks)}"
-            f'<rect x="{first:.1f}" y="32" width="{max(last - first, 2):.1f}" height="36" '
+            f'<rect x="{first:.1f}" y="36" width="{max(last - first, 2):.1f}" height="28" '
             f'style="fill:{color};opacity:{opacity}"/>'
-            f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="6" y2="94" {_LINE} '
+            f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="18" y2="82" {_LINE} '
             'style="stroke:var(--ink);stroke-width:2.5"/></svg></div>'
         )
         lines.append(
@@ -211,9 +208,9 @@ def ranges(contrast: Row) -> str:
         )
     note = ""
     if contrast["more_sites"]:
-        note = f'<p class="note">{number(contrast["more_sites"])} more sites, or too small.</p>'
-    title = f"{contrast['name']}{', logarithmic' if is_log else ''}"
-    return _chart(title, lines, scale, ticks, "source units", ("site", "median")) + note
+        note = f'<p class="note">{number(contrast["more_sites"])} more sites are not listed.</p>'
+    unit = f"source units{', log scale' if is_log else ''}"
+    return _chart(contrast["name"], lines, scale, ticks, unit, ("site", "median")) + note
 
 
 def stacks(caption: str, rows: Sequence[Row], states: Sequence[str]) -> str:
@@ -223,12 +220,14 @@ def stacks(caption: str, rows: Sequence[Row], states: Sequence[str]) -> str:
     lines = []
     for row in rows:
         counts = {s: row[s] for s in used if isinstance(row.get(s), int) and row[s]}
-        total = sum(counts.values())
+        hidden = row["volumes"] - sum(counts.values())
         parts = "".join(
-            f'<i style="--c:{face_color(s)};width:{100 * n / total:.2f}%" '
+            f'<i style="--c:{face_color(s)};width:{100 * n / row["volumes"]:.2f}%" '
             f'title="{escape(s)}: {number(n)}"></i>'
             for s, n in counts.items()
         )
+        if hidden:
+            parts += f'<i class="hid" style="width:{100 * hidden / row["volumes"]:.2f}%"></i>'
         cells = "".join(f'<td class="n">{cell(row.get(s, 0))}</td>' for s in used)
         lines.append(
             f"<tr>{_head(row['name'], contrast_color(row['name']))}"
@@ -244,10 +243,6 @@ def stacks(caption: str, rows: Sequence[Row], states: Sequence[str]) -> str:
 
 def _density(bin_: Row, scale: Scale) -> float:
     return float(bin_["volumes"]) / max(1e-9, scale(bin_["to"]) - scale(bin_["from"]))
-
-
-def _middle(bin_: Row) -> float:
-    return float(bin_["from"] + bin_["to"]) / 2
 
 
 def _histogram(
@@ -281,12 +276,16 @@ def _gridlines(scale: Scale, ticks: Sequence[float]) -> str:
 
 
 def _axis(scale: Scale, ticks: Sequence[float]) -> str:
-    labels = []
+    labels, last_kept = [], -100.0
     for tick in ticks:
         place = scale(tick) / 10
-        side = "first" if place < 3 else "last" if place > 97 else ""
+        kind = "first" if place < 3 else "last" if place > 97 else ""
+        if place - last_kept < 21:
+            kind += " opt"  # not enough room for it on a phone
+        else:
+            last_kept = place
         labels.append(
-            f'<span class="{side}" style="left:{place:.2f}%">{number(float(f"{tick:.6g}"))}</span>'
+            f'<span class="{kind}" style="left:{place:.2f}%">{number(float(f"{tick:.6g}"))}</span>'
         )
     return f'<div class="axis" aria-hidden="true">{"".join(labels)}</div>'
 
@@ -300,19 +299,18 @@ def _chart(
     heads: tuple[str, str],
 ) -> str:
     return (
-        f"<table><caption>{escape(caption)}</caption><thead><tr>"
+        f'<table><caption>{escape(caption)} <span class="unit">{escape(unit)}</span></caption>'
+        "<thead><tr>"
         f'<th scope="col">{escape(heads[0])}</th><td></td>'
         f'<th scope="col" class="n">{escape(heads[1])}</th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody><tfoot><tr><td></td><td>{_axis(scale, ticks)}</td>"
-        f'<td class="n axis-title">{escape(unit)}</td></tr></tfoot></table>'
+        "<td></td></tr></tfoot></table>"
     )
 
 
 def _head(name: str, color: str) -> str:
-    if not color:
-        return f'<th scope="row"><span>{escape(name)}</span></th>'
-    swatch = f'<span class="swatch" style="--c:{color}">{escape(name)}</span>'
-    return f'<th scope="row">{swatch}</th>'
+    swatch = f' class="swatch" style="--c:{color}"' if color else ""
+    return f'<th scope="row"><span{swatch} title="{escape(name)}">{escape(name)}</span></th>'
 
 
 def _words(shown: Shown) -> str:

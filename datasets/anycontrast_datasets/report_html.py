@@ -21,7 +21,7 @@ from anycontrast_datasets.report_charts import (
 )
 from anycontrast_datasets.report_pictures import Picture
 from anycontrast_datasets.report_style import contrast_color, style_sheet
-from anycontrast_datasets.report_text import embedded_json, escape, number
+from anycontrast_datasets.report_text import embedded_json, escape, number, visible
 from anycontrast_datasets.study import FACE_STATES
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
@@ -63,7 +63,9 @@ def page(numbers: Mapping[str, Any], pictures: Mapping[str, Sequence[Picture]], 
         f'<h2 id="h-{name}">{escape(_SECTIONS[name])}</h2>{body}</section>'
         for name, body in bodies.items()
     )
-    title = f"Data report: {', '.join(row['name'] for row in numbers['datasets'][:3])}"
+    names = [row["name"] for row in numbers["datasets"]]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    title = f"Data report: {', '.join(names[:3])}{more}"
     kind = "Synthetic data. " if numbers["synthetic"] else ""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -96,20 +98,24 @@ def _overview(numbers: Mapping[str, Any]) -> str:
         "studies": totals["studies"],
         "subjects": totals["subjects"],
         "volumes": totals["volumes"],
-        "with a label": totals["labelled"],
+        "labelled studies": totals["labelled"],
         "contrasts": len(numbers["contrasts"]),
-        "sites": totals["sites"],
+        "sites": totals["sites"] or "not known",
     }
     boxes = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{cell(shown)}</dd></div>'
         for name, shown in tiles.items()
     )
     measures = {"studies": "studies", "subjects": "subjects", "volumes": "volumes"}
-    return f'<dl class="tiles">{boxes}</dl>' + _grid(
+    left = [
         _card(bars("By split", numbers["splits"], measures, first="split")),
         _card(bars("By dataset", numbers["datasets"], measures, first="dataset")),
-        _card(bars("By site", numbers["sites"], measures, first="site"), wide=True),
-    )
+    ]
+    tiles_html = f'<dl class="tiles">{boxes}</dl>'
+    if not totals["sites"]:
+        return tiles_html + _grid(*left)
+    by_site = _card(bars("By site", numbers["sites"], measures, first="site"))
+    return tiles_html + _grid(f'<div class="column">{"".join(left)}</div>', by_site)
 
 
 def _sets(numbers: Mapping[str, Any]) -> str:
@@ -124,31 +130,35 @@ def _sets(numbers: Mapping[str, Any]) -> str:
     return (
         '<p class="lead">Which contrasts come together: a row is one combination, its bar the '
         "studies that have exactly it.</p>"
-        + _grid(_card(plot, wide=len(numbers["contrasts"]) > 8), _card(by_contrast))
+        + f'<div class="grid uneven">{_card(plot)}{_card(by_contrast)}</div>'
     )
 
 
 def _pictures(pictures: Mapping[str, Sequence[Picture]], note: str) -> str:
+    datasets = {shot.dataset for shots in pictures.values() for shot in shots}
     rows = []
     for contrast, shots in pictures.items():
-        figures = "".join(_figure(shot) for shot in shots)
+        figures = "".join(_figure(shot, named=len(datasets) > 1) for shot in shots)
         rows.append(
-            f'<h3><span class="swatch" style="--c:{contrast_color(contrast)}">{escape(contrast)}'
-            f'</span></h3><div class="shots">{figures}</div>'
+            f'<div><h3><span class="swatch" style="--c:{contrast_color(contrast)}">'
+            f'{escape(contrast)}</span></h3><div class="shots">{figures}</div></div>'
         )
+    if not rows:
+        return _nothing(note)
     text = f'<p class="warn" role="note">{escape(note)}</p>' if note else ""
-    return text + (_grid(_card("".join(rows), wide=True)) if rows else "")
+    return text + _card(_grid(*rows))
 
 
-def _figure(shot: Picture) -> str:
+def _figure(shot: Picture, *, named: bool) -> str:
     data = base64.b64encode(shot.png).decode("ascii")
     width, height = (round(n) for n in shot.size_mm)
     place = f"{abs(shot.plane_mm):.0f} mm {'above' if shot.plane_mm >= 0 else 'below'} the middle"
-    alt = f"{shot.contrast}, axial slice {place}, dataset {shot.dataset}"
+    alt = f"{shot.contrast}, axial slice {place}, dataset {visible(shot.dataset)}"
+    caption = f"<figcaption>{escape(visible(shot.dataset))}</figcaption>" if named else ""
     return (
         f'<figure><img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
         f'style="aspect-ratio:{width}/{height}" alt="{escape(alt)}" title="{escape(alt)}">'
-        f"<figcaption>{escape(shot.dataset)}</figcaption></figure>"
+        f"{caption}</figure>"
     )
 
 
@@ -203,7 +213,8 @@ def _intensity(contrasts: Sequence[Row]) -> str:
         '<p class="lead">Foreground intensity per site: the bar runs from the 1st to the 99th '
         "percentile, the tick is the 50th; each is the median over the volumes of the site.</p>"
     )
-    return lead + _grid(*(_card(ranges(contrast)) for contrast in contrasts))
+    cards = "".join(_card(ranges(contrast)) for contrast in contrasts)
+    return f'{lead}<div class="columns">{cards}</div>'
 
 
 def _quality(numbers: Mapping[str, Any]) -> str:
@@ -214,7 +225,7 @@ def _quality(numbers: Mapping[str, Any]) -> str:
             histogram(
                 "Confidence in the contrast",
                 numbers["confidence"],
-                "confidence, volumes per width",
+                "0 to 1, volumes per width of a bin",
                 (0.0, 1.0),
                 "var(--bar)",
             )
@@ -225,9 +236,8 @@ def _quality(numbers: Mapping[str, Any]) -> str:
         cards.append(bars("Flags", numbers["flags"], volumes, first="flag"))
     else:
         cards.append("<h3>Flags</h3>" + _nothing("No volume has a quality flag."))
-    if numbers["faces"]:
-        cards.append(stacks("Faces", numbers["faces"], FACE_STATES))
-    return _grid(*map(_card, cards))
+    faces = stacks("Faces", numbers["faces"], FACE_STATES) if numbers["faces"] else ""
+    return _grid(*map(_card, cards), _card(faces, wide=True) if faces else "")
 
 
 def _refused(ledger: Mapping[str, Any] | None) -> str:

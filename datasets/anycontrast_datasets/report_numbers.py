@@ -68,7 +68,8 @@ def table_of(
     ]
     if set(groups.names) <= set(SPLITS):
         return sorted(rows, key=lambda row: SPLITS.index(row["name"]))
-    return sorted(rows, key=by_count("studies"))
+    named, rest = rows[:MAX_ROWS], rows[MAX_ROWS:]
+    return sorted(named, key=by_count("studies")) + rest
 
 
 def faces(columns: Columns, contrasts: Sequence[Row], least: int) -> list[Row]:
@@ -82,7 +83,13 @@ def faces(columns: Columns, contrasts: Sequence[Row], least: int) -> list[Row]:
         names = [name for name in FACE_STATES if name in columns.face.names]
         codes = np.array([names.index(n) for n in columns.face.names])[state_V]
         cells = _volume_cells(columns, chosen, codes, len(names), least, contrast["studies"])
-        rows.append({"name": contrast["name"], **dict(zip(names, cells, strict=True))})
+        rows.append(
+            {
+                "name": contrast["name"],
+                "volumes": contrast["studies"],
+                **dict(zip(names, cells, strict=True)),
+            }
+        )
     return rows
 
 
@@ -186,7 +193,7 @@ def _with_rest(groups: Codes, blank: str) -> tuple[Ints, list[str]]:
     """Return codes and names in the order of frequency, the least frequent ones joined."""
     counts = np.bincount(groups.codes, minlength=len(groups.names))
     order = sorted(range(len(counts)), key=lambda i: (-counts[i], groups.names[i]))
-    kept = order if len(order) <= MAX_ROWS else order[: MAX_ROWS - 1]
+    kept = order[:MAX_ROWS]
     place = np.full(len(order), len(kept), dtype=np.int64)
     place[kept] = np.arange(len(kept))
     names = [visible(groups.names[i]) if groups.names[i] else blank for i in kept]

@@ -6,6 +6,7 @@ a contrast at a site, of sites with enough subjects only.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ from anycontrast_datasets.report_text import visible
 
 MAX_SITES = 12
 """Sites listed for a contrast, those with most volumes."""
-# Bins are centred on the usual values: 0.5, 1, 2, 5 mm, and whole multiples of 16 voxels.
-SPACING_EDGES: Floats = np.asarray(10.0 ** ((np.arange(-20, 28) - 0.5) / 20), dtype=np.float64)
-SIDE_EDGES: Floats = np.arange(65) * 16.0 + 8.0
-CONFIDENCE_EDGES: Floats = np.arange(21) / 20
+_USUAL_MM = (
+    *(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.2, 2.5),
+    *(3.0, 3.3, 3.6, 4.0, 4.4, 5.0, 5.5, 6.0, 6.6, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0),
+)
+# Bins lie around the usual values, so that rounding does not part them; sides likewise.
+SPACING_EDGES: Floats = np.array([(a * b) ** 0.5 for a, b in pairwise((0.08, *_USUAL_MM, 25.0))])
+SIDE_EDGES: Floats = np.array([8.0 + 16.0 * n for n in range(65)])
+CONFIDENCE_EDGES: Floats = np.array([n / 20 for n in range(21)])
 
 Bins = list[dict[str, float]]
 
@@ -48,7 +53,7 @@ def histogram(values: Floats, people: Any, edges: Floats, least: int) -> Bins | 
 
 def geometry(columns: Columns, contrasts: Sequence[dict[str, Any]], least: int) -> dict[str, Any]:
     """Histograms per contrast whose count is shown: finest and coarsest axis, shape of the grid."""
-    measures = {
+    measures: dict[str, tuple[Any, Floats]] = {
         "spacing_finest_mm": (columns.spacing_V3.min(axis=1, initial=np.inf), SPACING_EDGES),
         "spacing_coarsest_mm": (columns.spacing_V3.max(axis=1, initial=0), SPACING_EDGES),
         "side_longest_vox": (columns.shape_V3.max(axis=1, initial=0), SIDE_EDGES),
@@ -61,8 +66,11 @@ def geometry(columns: Columns, contrasts: Sequence[dict[str, Any]], least: int) 
         for name in names:
             chosen = columns.contrast.codes == CONTRAST_NAMES.index(name)
             bins = histogram(values[chosen], columns.person_V[chosen], edges, least)
-            rows.append({"name": name, "bins": bins})
-        found[measure] = [row for row in rows if row["bins"] is not None]
+            if bins is not None:
+                rows.append(
+                    {"name": name, "median": _round(float(np.median(values[chosen]))), "bins": bins}
+                )
+        found[measure] = rows
     return found
 
 

@@ -88,48 +88,53 @@ nav a{text-decoration:none}nav a:hover{text-decoration:underline}
  margin-top:14px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px;
  min-width:0;break-inside:avoid}
-.card.wide{grid-column:1/-1}
+.card.wide{grid-column:1/-1}.column{display:grid;gap:16px;align-content:start;min-width:0}
 .scroll{overflow-x:auto}
 .warn{background:var(--warn-bg);color:var(--warn);border-radius:8px;padding:10px 14px;
  margin:14px 0 0;max-width:none}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+.unit{color:var(--soft);font-weight:400;margin-left:4px}
 caption{text-align:left;font-size:14px;font-weight:600;padding:0 0 10px}
 th{font-weight:500;text-align:left}
 thead th{color:var(--soft);font-size:12.5px;font-weight:500;padding:0 0 6px;white-space:nowrap}
 td,tbody th{padding:3px 0;vertical-align:middle}
 td.n,th.n{text-align:right;padding-left:14px;white-space:nowrap}
-tbody th{padding-right:14px}tbody th>span{display:inline-block;max-width:22ch;
- overflow-wrap:break-word}
-.swatch{white-space:nowrap}
-td.bar{width:45%;min-width:64px}
+tbody th{padding-right:14px}tbody th>span{display:inline-block;max-width:24ch;
+ overflow:hidden;text-overflow:ellipsis;white-space:nowrap;vertical-align:bottom}
+
+td.words{padding-left:18px;color:var(--soft);font-size:13.5px;min-width:210px}
+th.w{padding-left:18px}td.bar{width:45%;min-width:64px}
 .b{display:block;height:13px;border-radius:2px;background:var(--c,var(--bar));min-width:2px}
 .b.hid{width:22px!important;background:repeating-linear-gradient(135deg,var(--soft) 0 1.5px,
  transparent 1.5px 5px)}
 .hid-n{color:var(--soft);font-size:12.5px}
 .stack{display:flex;height:14px;border-radius:2px;overflow:hidden;background:var(--track)}
 .stack i{display:block;height:100%;background:var(--c)}
-.stack i+i{border-left:1px solid var(--card)}
+.stack i.hid{background:repeating-linear-gradient(135deg,var(--soft) 0 1.5px,
+ transparent 1.5px 5px)}.stack i+i{border-left:1px solid var(--card)}
 .key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;color:var(--soft);margin:0 0 10px}
 .key span::before,.swatch::before{content:"";display:inline-block;width:10px;height:10px;
  border-radius:2px;background:var(--c);margin-right:7px}
 svg{display:block}
 .plot{width:100%;height:100%;overflow:visible}
-td.plot-cell{padding:2px 0;width:100%}
-.ridge{height:26px}.range{height:16px}.tall{height:120px}
+td.plot-cell{padding:0;width:100%}.columns{columns:440px 2;column-gap:16px;margin-top:14px}
+.columns .card{margin-bottom:16px}
+@media (min-width:900px){.grid.uneven{grid-template-columns:minmax(0,1.75fr) minmax(0,1fr);
+ align-items:start}}
+.ridge{height:30px}.range{height:25px}.tall{height:120px}
 .axis{position:relative;height:20px;font-size:12px;color:var(--soft);border-top:1px solid
  var(--line)}
 .axis span{position:absolute;top:3px;transform:translateX(-50%);white-space:nowrap}
 .axis span.first{transform:none}.axis span.last{transform:translateX(-100%)}
-.axis-title{font-size:12px;color:var(--soft);text-align:right}
 .upset td{padding:0}.upset tbody tr:nth-child(odd){background:var(--track)}
 .upset .dots{width:1px;padding:0 6px}
 .upset td.n{padding:0 12px}.upset td.bar{width:100%}.upset .b{min-width:2px;max-width:720px}
 .upset tbody tr td:last-child{padding-right:8px}
-.upset thead td{vertical-align:bottom;background:none}
+.upset thead td,.upset thead th{vertical-align:bottom}
 .upset svg text{fill:var(--ink);font-size:12px}
-.shots{display:flex;flex-wrap:wrap;gap:8px;margin:0 0 14px}
+.shots{display:flex;flex-wrap:wrap;gap:8px;margin:0}
 .shots figure{margin:0}
-.shots img{display:block;height:132px;width:auto;background:#000;border-radius:4px}
+.shots img{display:block;height:104px;width:auto;background:#000;border-radius:4px}
 .shots figcaption{font-size:12px;color:var(--soft);max-width:160px;overflow-wrap:anywhere}
 details{margin-top:10px;font-size:13px}summary{cursor:pointer;color:var(--link)}
 details table{margin-top:8px;width:auto}details td,details th{padding:1px 16px 1px 0}
@@ -139,7 +144,10 @@ a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid va
  outline-offset:2px}
 @media (max-width:560px){.wrap{padding:0 14px 48px}header{padding-top:24px}h1{font-size:23px}
  .card{padding:14px 12px}.tiles{grid-template-columns:repeat(2,1fr)}.tile dd{font-size:21px}
- td.bar{width:32%}.shots img{height:104px}.upset td.n{padding:0 8px}}
+ td.bar{width:30%;min-width:40px}td.n,th.n{padding-left:9px}table{font-size:14px}
+ .axis .opt{display:none}.upset svg{zoom:.82}
+ tbody th{padding-right:9px}tbody th>span{max-width:21ch}
+ .shots img{height:88px}.upset td.n{padding:0 8px}}
 @media print{body{background:#fff;font-size:11px}nav,.download{display:none}.wrap{max-width:none;
  padding:0}.card,.tile{border-color:#bbb}h2{break-after:avoid}
  *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}

@@ -47,10 +47,10 @@ def embedded_json(values: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with three significant digits at most, thousands set apart, no exponent."""
+    """Return a whole number with commas, any other with three significant digits."""
     if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}".replace(",", "\u202f")
+        return f"{int(value):,}"
     digits = f"{value:.3g}"
     if "e" in digits:
-        return f"{value:,.0f}".replace(",", "\u202f") if abs(value) >= 1 else digits
+        return f"{value:,.0f}" if abs(value) >= 1 else digits
     return digits
