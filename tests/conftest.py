@@ -256,6 +256,61 @@ def study_of() -> "Callable[..., StudyArrays]":
     return make
 
 
+@pytest.fixture(scope="session")
+def memory_store(study_of: "Callable[..., StudyArrays]") -> Callable[..., Any]:
+    """Make a store of tiny studies in memory: s000, s001, ... of three sizes, some damaged."""
+    from dataclasses import replace
+
+    from anycontrast_datasets.intensity import pack_occupancy
+    from anycontrast_datasets.study import ShardError, StudyArrays
+
+    class MemoryStore:
+        def __init__(self, studies: "list[StudyArrays]", damaged: dict[str, str]) -> None:
+            self.studies = studies
+            self.records = tuple(study.record for study in studies)
+            self.fingerprint = f"memory-{len(studies)}"
+            self.damaged = damaged
+            self.reads: list[str] = []
+
+        def read(self, index: int, *, contrasts: Any = None, label: bool = False) -> StudyArrays:
+            study = self.studies[index]
+            self.reads.append(study.record.study_id)
+            names = study.record.contrasts if contrasts is None else tuple(contrasts)
+            member = self.damaged.get(study.record.study_id)
+            if member in names:
+                raise ShardError(
+                    f"shard memory-0.tar, study {study.record.study_id}, member {member}: xxh3 "
+                    "must be 1, found 2"
+                )
+            kept = tuple(v for v in study.record.volumes if v.contrast in names)
+            codes = {v.contrast: study.codes[v.contrast] for v in kept}
+            return StudyArrays(replace(study.record, volumes=kept), codes, study.label)
+
+        def verify(self) -> list[str]:
+            return sorted(self.damaged)
+
+    def make(
+        num_studies: int,
+        *,
+        contrasts: Any = (("T1w",), ("T1w", "FLAIR")),
+        datasets: Any = ("a",),
+        damaged: dict[str, str] | None = None,
+    ) -> MemoryStore:
+        studies = []
+        for number in range(num_studies):
+            rng = np.random.default_rng(number)
+            shape = (8, 8, 8 + 8 * (number % 3))
+            names = contrasts[number % len(contrasts)]
+            codes = {name: rng.integers(1, 4000, shape).astype(np.int16) for name in names}
+            occupancy = pack_occupancy(next(iter(codes.values())))
+            study = study_of(codes, f"s{number:03d}", occupancy=occupancy)
+            record = replace(study.record, dataset=datasets[number % len(datasets)])
+            studies.append(replace(study, record=record))
+        return MemoryStore(studies, damaged or {})
+
+    return make
+
+
 @pytest.fixture
 def nifti_affine() -> npt.NDArray[np.float64]:
     """Of another spacing on every axis, x from right to left."""

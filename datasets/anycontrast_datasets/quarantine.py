@@ -20,9 +20,9 @@ from anycontrast_datasets.study import ShardError
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 200
+MAX_LISTED = 64
 """Damages written out in a state; the numbers of all damaged studies are there in any case."""
-_MAX_REASON = 400
+_MAX_REASON = 300
 
 # How every store names a place: "shard s, study t, member m: what is wrong".
 _PLACE = re.compile(r"shard (?P<shard>[^,]+), study [^,]+, member (?P<member>[^,:]+)")

@@ -111,6 +111,7 @@ class TokenPlanner:
                 pool_studies=self._config.pool_studies,
                 seed=self._seed,
                 epoch=epoch,
+                name=lambda place: self._serving(epoch, place).record.study_id,
             )
             while len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
