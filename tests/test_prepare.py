@@ -8,7 +8,8 @@ import numpy.typing as npt
 import pytest
 
 from anycontrast_datasets.files import sha256_file
-from anycontrast_datasets.intensity import encode, foreground_mask, unpack_occupancy
+from anycontrast_datasets.foreground import foreground_mask
+from anycontrast_datasets.intensity import encode, unpack_occupancy
 from anycontrast_datasets.prepare import PrepareConfig, prepare_study, prepare_volumes
 from anycontrast_datasets.study import Label, Study, StudyArrays, StudyError, Volume
 from anycontrast_datasets.volume import LoadedVolume, read_volume, write_volume
