@@ -240,7 +240,7 @@ def test_a_run_is_evaluated_from_its_best_checkpoint(
 ) -> None:
     config = Config(name="run", root=str(tmp_path), evaluate=EvaluateConfig(num_bootstrap=10))
     segmenter = fake_checkpoints(config.paths.finetune, monkeypatch)
-    monkeypatch.setattr(reader, "open_store", lambda path: two_studies())
+    monkeypatch.setattr(reader, "open_store", lambda path, cache: two_studies())
     best = config.paths.finetune / "pretrained" / "checkpoints" / "step-00000004"
     assert find_finetuned(config.paths.finetune) == {"pretrained": best}
     loaded = load_finetuned(best)

@@ -292,7 +292,7 @@ def test_a_whole_run_leaves_a_best_checkpoint_that_can_be_loaded(
     from anycontrast.evaluation.evaluate import find_finetuned, load_finetuned
 
     load_weights = checkpoint.load_weights
-    monkeypatch.setattr(reader, "open_store", lambda path: small_store())
+    monkeypatch.setattr(reader, "open_store", lambda path, cache: small_store())
     config = Config(name="run", root=str(tmp_path), model=tiny_model(), finetune=tiny_config())
     give_pretrained(monkeypatch)
     result = run_finetune(config)

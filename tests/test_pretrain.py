@@ -38,7 +38,7 @@ from anycontrast.training.process_group import (
 from anycontrast_datasets.intensity import pack_occupancy
 from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.stream import StreamConfig
-from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import ShardError, StudyArrays, StudyRecord, VolumeRecord
 
 ROOT = Path(__file__).parents[1]
 PATCH = (4, 4, 4)
@@ -51,10 +51,11 @@ DISJOINT = (("T1w", "FLAIR"), ("DWI",), ("ADC", "SWI", "unknown"))
 
 
 class MemoryStore:
-    """Studies held in memory."""
+    """Studies held in memory; damaged ones are refused like a store on disk refuses them."""
 
-    def __init__(self, studies: Sequence[StudyArrays]) -> None:
+    def __init__(self, studies: Sequence[StudyArrays], damaged: Sequence[int] = ()) -> None:
         self.studies = tuple(studies)
+        self.damaged = damaged
         self.fingerprint = f"memory-{len(self.studies)}"
 
     @property
@@ -65,6 +66,8 @@ class MemoryStore:
         self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
     ) -> StudyArrays:
         study = self.studies[index]
+        if index in self.damaged:
+            raise ShardError(f"shard 0.tar, study {study.record.study_id}, member T1w: damaged")
         names = study.record.contrasts if contrasts is None else contrasts
         kept = tuple(volume for volume in study.record.volumes if volume.contrast in names)
         codes = {volume.contrast: study.codes[volume.contrast] for volume in kept}
@@ -137,7 +140,7 @@ def mixed_store() -> MemoryStore:
 @pytest.fixture
 def _store(monkeypatch: pytest.MonkeyPatch) -> None:
     store = mixed_store()
-    monkeypatch.setattr(pretrain, "open_store", lambda path: store)
+    monkeypatch.setattr(pretrain, "open_shards", lambda config: store)
 
 
 @pytest.mark.usefixtures("_store")
@@ -178,6 +181,55 @@ def test_four_steps_equal_two_and_a_resume_of_two_bitwise(tmp_path: Path) -> Non
             for c in (whole, parted)
         )
         assert one == other, name
+
+
+def damaged_store(*damaged: int) -> MemoryStore:
+    return MemoryStore([make_study(n, ["T1w", "DWI"][n % 2 :]) for n in range(8)], damaged)
+
+
+def skipping_config(root: Path, *, max_corrupt_fraction: float, **changes: Any) -> Config:
+    stream = StreamConfig(
+        studies_per_step=4,
+        packs_per_step=4,
+        num_threads=1,
+        on_corrupt="skip",
+        max_corrupt_fraction=max_corrupt_fraction,
+    )
+    return make_config(root, stream=stream, checkpoint_every=1, log_every=1, **changes)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_damaged_study_is_left_out_logged_and_shown_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "open_store", lambda path: damaged_store(1, 6))
+    config = skipping_config(tmp_path, max_corrupt_fraction=0.25)
+    stops = iter([False, False, True])
+    with pytest.raises(TrainingInterrupted):
+        pretrain_worker(config, stop_requested=lambda: next(stops))
+    folder = config.paths.pretrain
+    # What a run wrote after its newest checkpoint, and died, is written anew.
+    with (folder / "audit.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": 4, "epoch": 1}) + "\n")
+    assert pretrain_worker(config)["quarantined_studies"] == 2
+    found = read_lines(folder / "quarantine.jsonl")
+    assert [line["study_id"] for line in found] == ["phantom-0001-1", "phantom-0006-1"]
+    assert {(line["shard"], line["member"]) for line in found} == {("0.tar", "T1w")}
+    audits = read_lines(folder / "audit.jsonl")
+    assert [(a["epoch"], a["step"], a["served"], a["quarantined"]) for a in audits] == [
+        (0, 2, 6, 2),
+        (1, 4, 6, 2),
+    ]
+    assert audits[0]["served_hash"] != audits[1]["served_hash"]
+    _, state = load_weights(folder / "checkpoints")
+    assert state["stream"]["quarantine"]["num"] == 2
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert lines[0]["mix/dataset/test"] == 1.0
+    assert 0 <= lines[0]["data_wait_share"] <= 1
+    assert pretrain_worker(config)["quarantined_studies"] == 2
 
 
 @pytest.mark.usefixtures("_store")
@@ -316,9 +368,47 @@ def test_two_ranks_stop_together_and_one_rank_goes_on_alike(ranks: Path, tmp_pat
             assert there[name] == pytest.approx(here[name], rel=1e-4), name
 
 
+def test_two_ranks_lose_a_study_and_train_as_one_rank_does(
+    ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a rank's two packs one becomes a substitute; nobody hangs, and the weights agree."""
+    monkeypatch.setattr(pretrain, "open_store", lambda path: damaged_store(1, 6))
+    config = skipping_config(tmp_path, max_corrupt_fraction=0.25)
+    pretrain_worker(config)
+    there = ranks / "lossy" / "test" / "pretrain"
+    for name in ("audit.jsonl", "quarantine.jsonl"):
+        assert read_lines(there / name) == read_lines(config.paths.pretrain / name)
+    one, other = (
+        load_weights(folder / "checkpoints")[1]["stream"]
+        for folder in (there, config.paths.pretrain)
+    )
+    assert one == other
+    losses = [
+        [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (there, config.paths.pretrain)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_cap_ends_both_ranks_with_the_same_error(ranks: Path) -> None:
+    errors = [(ranks / f"cap-{n}.txt").read_text() for n in range(2)]
+    assert errors[0] == errors[1]
+    assert "2 of 8 studies cannot be read" in errors[0]
+
+
+def lose_studies(out: Path) -> None:
+    """Train on two ranks with damaged studies: below the cap to the end, then above it."""
+    pretrain.open_store = lambda path: damaged_store(1, 6)  # type: ignore[attr-defined]
+    pretrain_worker(skipping_config(out / "lossy", max_corrupt_fraction=0.25))
+    try:
+        pretrain_worker(skipping_config(out / "cap", max_corrupt_fraction=0.2))
+    except ShardError as error:
+        (out / f"cap-{rank()}.txt").write_text(str(error))
+
+
 def stop_on_rank_1(out: Path) -> None:
     """Train on two ranks through the whole worker until rank 1 is asked to stop at step 2."""
-    pretrain.open_store = lambda path: mixed_store()  # type: ignore[attr-defined]
+    pretrain.open_shards = lambda config: mixed_store()  # type: ignore[attr-defined]
     config = make_config(out / "run", engine=EngineConfig(zero_stage=2))
     asked = iter([False, rank() == 1])
     try:
@@ -333,3 +423,4 @@ if __name__ == "__main__":
         results = {str(stage): train_disjoint(stage) for stage in (0, 1, 2, 3)}
         Path(sys.argv[1], f"rank-{rank()}.json").write_text(json.dumps(results))
         stop_on_rank_1(Path(sys.argv[1]))
+        lose_studies(Path(sys.argv[1]))

@@ -104,7 +104,7 @@ def ensure_shards(config: Config) -> None:
     Raises:
         ConfigError: there are no shards, and their source is not the phantom.
     """
-    if (config.paths.shards / "dataset.json").is_file():
+    if config.store.location is not None or (config.paths.shards / "dataset.json").is_file():
         return
     if config.scan.source != "phantom":
         raise ConfigError(
@@ -153,14 +153,14 @@ def evaluate(config: Config) -> dict[str, Any]:
         ManifestError: no labelled study in the split.
     """
     from anycontrast.evaluation.evaluate import find_finetuned, run_evaluate
+    from anycontrast.shards import shards_location
+    from anycontrast_datasets.store.reader import describe_store
 
     out = config.paths.report
     models = find_finetuned(config.paths.finetune)
-    sources = [
-        config.paths.shards / "dataset.json",
-        *(p / "manifest.json" for p in models.values()),
-    ]
-    key = _key("evaluate", asdict(config.evaluate), [_digest(str(p)) for p in sources])
+    data = describe_store(shards_location(config)) if models else None
+    checkpoints = [_digest(str(path / "manifest.json")) for path in models.values()]
+    key = _key("evaluate", asdict(config.evaluate), data, checkpoints)
     _once(
         out,
         lambda: key,

@@ -5,7 +5,7 @@ Whoever streams studies knows only this protocol; the layout on disk is the stor
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +112,15 @@ def open_store(location: Path | str, *, cache: CacheConfig | None = None) -> Stu
     from anycontrast_datasets.store.volume_store import VolumeStore
 
     return VolumeStore(source, dataset=dataset, cache=cache if place.scheme else None)
+
+
+def describe_store(location: Path | str) -> dict[str, Any]:
+    """Return `dataset.json` of a sharded data set: what was made of what, and how.
+
+    Raises:
+        ShardError: As `open_store`.
+    """
+    return dict(read_dataset(_source_of(parse_location(location))))
 
 
 def _source_of(place: Location) -> ByteSource:

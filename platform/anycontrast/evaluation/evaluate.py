@@ -85,8 +85,8 @@ def run_evaluate(config: "Config") -> dict[str, Any]:
         CheckpointError: the run has no finetuned segmenter, or its checkpoint is damaged.
         ManifestError: no labelled study in the split.
     """
+    from anycontrast.shards import open_shards
     from anycontrast.training.checkpoint import CheckpointError
-    from anycontrast_datasets.store.reader import open_store
 
     checkpoints = find_finetuned(config.paths.finetune)
     if not checkpoints:
@@ -95,7 +95,7 @@ def run_evaluate(config: "Config") -> dict[str, Any]:
             "run `anycontrast finetune` with the same config first"
         )
     models = {variant: load_finetuned(path) for variant, path in checkpoints.items()}
-    store = open_store(config.paths.shards)
+    store = open_shards(config)
     with progress("evaluating", "studies") as on_study:
         scores = score_models(models, store, config.evaluate, on_study=on_study)
     summary = write_report(scores, config.paths.report, config.evaluate, checkpoints)

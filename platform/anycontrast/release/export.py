@@ -186,10 +186,11 @@ def _write_json(path: Path, values: Any) -> None:
 
 def _facts(config: "Config", state: dict[str, Any], kind: str) -> dict[str, Any]:
     """Everything `config.json` holds, from the checkpoint and the shards rather than the config."""
-    from anycontrast_datasets.store.reader import open_store
+    from anycontrast.shards import open_shards, shards_location
+    from anycontrast_datasets.store.reader import describe_store
 
-    store = open_store(config.paths.shards)
-    dataset = json.loads((config.paths.shards / "dataset.json").read_text(encoding="utf-8"))
+    store = open_shards(config)
+    dataset = describe_store(shards_location(config))
     seen = Counter(c for r in store.records if r.split == "train" for c in r.contrasts)
     model_config, trained = state["model_config"], state["config"]
     is_segmenter = kind == "segmenter"

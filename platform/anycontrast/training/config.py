@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from anycontrast.models.masking import MaskingConfig
 from anycontrast.release.export import ExportConfig
 from anycontrast.release.hub import PullConfig
 from anycontrast.release.predict import PredictConfig
+from anycontrast.shards import StoreConfig
 from anycontrast.training.finetune import FinetuneConfig
 from anycontrast.training.pretrain import PretrainConfig
 from anycontrast_datasets.prepare import PrepareConfig
@@ -35,6 +37,8 @@ _WHEREABOUTS = (
     "cluster.storage",
     "pull.cache",
     "predict.table",
+    "store.location",
+    "store.cache.folder",
 )
 """Keys that say where things are, or what else must not travel with a checkpoint."""
 
@@ -108,6 +112,7 @@ class Config:
     scan: ScanConfig = field(default_factory=ScanConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     model: AMAEConfig = field(default_factory=AMAEConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -171,8 +176,8 @@ def config_to_record(config: Config) -> dict[str, Any]:
     """
     values = config_to_dict(config)
     for key in _WHEREABOUTS:
-        section, _, name = key.rpartition(".")
-        (values[section] if section else values)[name] = None
+        *sections, name = key.split(".")
+        reduce(lambda part, section: part[section], sections, values)[name] = None
     return values
 
 

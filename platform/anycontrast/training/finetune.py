@@ -118,15 +118,15 @@ def run_finetune(config: "Config") -> dict[str, Any]:
             started from other weights.
         ManifestError: no labelled study in split train.
     """
+    from anycontrast.shards import open_shards
     from anycontrast.training.config import config_to_record
     from anycontrast.training.loop import run_loop
     from anycontrast.training.process_group import process_group, rank, world_size
-    from anycontrast_datasets.store.reader import open_store
     from anycontrast_datasets.stream import StudyStream
 
     finetune = config.finetune
     folder = config.paths.finetune / finetune.variant
-    store = LabelledStore(open_store(config.paths.shards), finetune.shown_contrasts)
+    store = LabelledStore(open_shards(config), finetune.shown_contrasts)
     torch.manual_seed(config.seed)
     task, origin = make_task(config, store)
     _check_origin(folder, origin)

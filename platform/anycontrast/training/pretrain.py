@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from anycontrast.models.amae import AMAE, AMAEConfig
 from anycontrast.models.masking import MaskedPack, MaskingConfig, mask_batch
+from anycontrast.shards import open_shards
 from anycontrast.training.loop import LoopConfig, TrainingError, run_loop
 from anycontrast.training.process_group import process_group, rank, world_size
 from anycontrast.training.task import Micro, Parts, Validation
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.store.reader import StudyStore, open_store
+from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.stream import StreamConfig, StudyStream
 from anycontrast_datasets.study import ShardError
 
@@ -130,7 +131,7 @@ def pretrain_worker(
     from anycontrast.training.config import config_to_record
 
     with process_group(timeout_s=config.cluster.timeout_s):
-        store = open_store(config.paths.shards)
+        store = open_shards(config)
         task = PretrainTask(config.model, config.masking, seed=config.seed, store=store)
         has_own = any((config.paths.pretrain / "checkpoints").glob("step-????????"))
         if config.pretrain.init_from is not None and not has_own:
