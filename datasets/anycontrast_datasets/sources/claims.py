@@ -53,8 +53,8 @@ class FileClaim:
 
     location: str
     """Relative to the root."""
-    subject: str
-    session: str
+    subject: str = field(repr=False)
+    session: str = field(repr=False)
     reading: ContrastReading = ContrastReading()
     """Not used for labels."""
     is_label: bool = False

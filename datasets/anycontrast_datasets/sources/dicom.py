@@ -79,7 +79,7 @@ def _convert_all(
     claims: list[FileClaim | Refusal] = []
     executor = ThreadPoolExecutor(max_workers=options.num_threads)
     try:
-        pending = [executor.submit(_claim, s, root, options, converter) for s in stacks]
+        pending = [executor.submit(claim_stack, s, root, options, converter) for s in stacks]
         for stack, made in zip(stacks, pending, strict=True):
             claim = made.result()
             stands_for[claim.location] = stack.locations
@@ -108,7 +108,7 @@ def _refuse_each(refusal: Refusal, files: Sequence[str]) -> Iterator[Refusal]:
         yield replace(refusal, location=location, reason=reason)
 
 
-def _claim(
+def claim_stack(
     stack: Stack, root: Path, options: SourceOptions, converter: Converter
 ) -> FileClaim | Refusal:
     """Convert a stack and say what its headers say; the location is the converted file."""

@@ -148,7 +148,8 @@ def _run(stack: Stack, root: Path, work: Path, converter: Converter) -> Path:
         (source / f"{index:06d}.dcm").symlink_to((root / location).resolve())
     command = [str(converter.program), *_OPTIONS, "-o", str(made), str(source)]
     said, code = _call(command, work, converter.max_bytes)
-    volumes = sorted(made.glob("*.nii"))
+    # Overlays come out as further images, and may be what somebody wrote into the picture.
+    volumes = [path for path in sorted(made.glob("*.nii")) if "_ROI" not in path.name]
     if code != 0 or not volumes:
         raise _failure(_explain(said, code))
     if len(volumes) > 1:
