@@ -57,7 +57,7 @@ def bars(
     key = next(iter(measures))
     largest = max((row[key] for row in rows if isinstance(row[key], int)), default=1)
     heads = "".join(f'<th scope="col" class="n">{escape(h)}</th>' for h in measures.values())
-    texts = "".join(f'<th scope="col">{escape(h)}</th>' for h in (more or {}).values())
+    texts = "".join(f'<th scope="col" class="w">{escape(h)}</th>' for h in (more or {}).values())
     lines = []
     for row in rows:
         tint = color(row["name"]) if color else ""
@@ -176,7 +176,7 @@ def histogram(
     scale, ticks = axis_of(domain, is_log=False)
     plot = _histogram(bins, scale, ticks, unit, color, "tall")
     axis = _axis(scale, ticks)
-    return f'<h3>{escape(caption)}</h3>{plot}{axis}<div class="axis-title">{escape(unit)}</div>'
+    return f'<h3>{escape(caption)} <span class="unit">{escape(unit)}</span></h3>{plot}{axis}'
 
 
 def ranges(contrast: Row) -> str:

@@ -206,17 +206,13 @@ def _protect_together(systems: Sequence[System], least: int, num_rows: int) -> l
     """Protect several measures of the same rows: what one withholds, all withhold."""
     withheld: frozenset[int] = frozenset()
     while True:
-        found = [protect(system, least, withheld)[:num_rows] for system in systems]
-        hidden = frozenset(
-            i for i in range(num_rows) if any(states[i] is State.WITHHELD for states in found)
-        )
-        if hidden == withheld:
-            return [
-                State.WITHHELD if i in hidden else State.RARE if rare else State.SHOWN
-                for i in range(num_rows)
-                for rare in [any(states[i] is State.RARE for states in found)]
-            ]
-        withheld = hidden
+        before = withheld
+        for system in systems:
+            states = protect(system, least, withheld)[:num_rows]
+            withheld |= {i for i, state in enumerate(states) if state is State.WITHHELD}
+        if withheld == before:
+            # Rare is a matter of people, the same for every measure.
+            return states
 
 
 def _volume_cells(

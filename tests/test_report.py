@@ -1,0 +1,421 @@
+"""The report: one page of numbers and pictures, without network, without rare cells, escaped."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anycontrast_datasets.ledger import Refusal, refuse, write_ledger
+from anycontrast_datasets.manifest import write_manifest
+from anycontrast_datasets.report import write_report
+from anycontrast_datasets.report_cells import WITHHELD
+from anycontrast_datasets.report_pictures import encode_png
+from anycontrast_datasets.report_text import embedded_json, visible
+from anycontrast_datasets.study import (
+    ContrastVote,
+    Label,
+    ManifestError,
+    Study,
+    Volume,
+)
+
+EYE = ((1.0, 0, 0, 0), (0, 1.0, 0, 0), (0, 0, 1.0, 0), (0, 0, 0, 1.0))
+HOSTILE = {
+    "script": "<script>alert(1)</script>",
+    "attribute": '" onmouseover="alert(1)',
+    "ansi": "\x1b[31mred\x1b[0m",
+    "formula": "=HYPERLINK(A1)",
+    "plus": "+1+cmd|' /C calc'!A0",
+    "long": "x" * 10_000,
+    "end of script": "</script><img src=x onerror=alert(1)>",
+    "direction": "abc\u202egnp.exe",
+    "entity": "&lt;b&gt;",
+    "null": "a\x00b\r\nc",
+}
+
+
+def make_study(
+    number: int, contrasts: Sequence[str] = ("T1w",), *, subject: str = "", **changes: Any
+) -> Study:
+    volumes = changes.pop("volumes", {})
+    return Study(
+        **{
+            "study_id": f"s{number:05d}",
+            "dataset": "one",
+            "subject_id": subject or f"p{number}",
+            "session_id": "1",
+            "split": "train",
+            "volumes": tuple(make_volume(name, **volumes) for name in contrasts),
+            **changes,
+        }
+    )
+
+
+def make_volume(contrast: str, **changes: Any) -> Volume:
+    return Volume(
+        **{
+            "contrast": contrast,
+            "location": "private/name.nii.gz",
+            "shape": (160, 192, 160),
+            "spacing_mm": (1.0, 1.0, 1.0),
+            "affine": EYE,
+            "confidence": 0.9,
+            "face": "stripped",
+            "intensity": (10.0, 300.0, 900.0),
+            "votes": (ContrastVote(source="bids", contrast=contrast, confidence=0.9),),
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def report_on(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Write a manifest of studies and its report; returns the numbers of the page."""
+
+    def make(
+        studies: Sequence[Study], *, refusals: Sequence[Refusal] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        folder = tmp_path / "manifest"
+        (folder / "private").mkdir(parents=True, exist_ok=True)
+        write_manifest(studies, folder / "manifest.parquet")
+        if refusals is not None:
+            write_ledger(refusals, folder / "private" / "ledger.csv")
+        write_report(folder, tmp_path / "out" / "report.html", **options)
+        return numbers_of(tmp_path / "out" / "report.html")
+
+    return make
+
+
+def numbers_of(page: Path) -> dict[str, Any]:
+    text = page.read_text()
+    found = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', text)
+    assert found is not None
+    numbers: dict[str, Any] = json.loads(found[1])
+    return numbers
+
+
+class Elements(HTMLParser):
+    """Tags, attributes and text of a page, as a browser takes them."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID and not (self.get_starttag_text() or "").endswith("/>"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+
+def test_the_page_counts_what_the_manifest_holds(
+    report_on: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    label = Label(location="l", shape=(1, 1, 1), affine=EYE, grid_of="T1w")
+    studies = [make_study(i, ("T1w", "FLAIR")) for i in range(12)]
+    studies += [make_study(i, ("T1w",), split="val", label=label) for i in range(12, 27)]
+    studies += [make_study(i, ("DWI", "ADC"), dataset="two", site="b") for i in range(27, 40)]
+    numbers = report_on(studies, refusals=[refuse("a/b.nii", "not_3d", "4D")] * 11)
+    assert numbers["totals"] == {
+        "studies": 40,
+        "subjects": 40,
+        "volumes": 65,
+        "labelled": 15,
+        "sites": 1,
+    }
+    assert numbers["contrast_sets"]["rows"] == [
+        {"contrasts": ["T1w"], "studies": 15},
+        {"contrasts": ["DWI", "ADC"], "studies": 13},
+        {"contrasts": ["T1w", "FLAIR"], "studies": 12},
+    ]
+    assert {row["name"]: row["studies"] for row in numbers["contrasts"]} == {
+        "T1w": 27,
+        "FLAIR": 12,
+        "DWI": 13,
+        "ADC": 13,
+    }
+    assert [(row["name"], row["studies"]) for row in numbers["splits"]] == [
+        ("train", 25),
+        ("val", 15),
+    ]
+    assert [(row["name"], row["volumes"]) for row in numbers["datasets"]] == [
+        ("one", 39),
+        ("two", 26),
+    ]
+    assert numbers["ledger"] == {
+        "files": 11,
+        "rows": [
+            {
+                "name": "not_3d",
+                "files": 11,
+                "remedy": "extract one 3D volume per contrast (e.g. the mean, or one echo) and "
+                "scan that",
+            }
+        ],
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "a/b.nii" not in page
+    assert "name.nii" not in page
+    assert "s00001" not in page
+    assert "p1" not in json.dumps(numbers).replace('"p1"', "")
+
+
+def test_the_same_manifest_gives_the_same_bytes(
+    report_on: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    studies = [make_study(i, ("T1w", "FLAIR")) for i in range(12)]
+    report_on(studies)
+    first = (tmp_path / "out" / "report.html").read_bytes()
+    report_on(studies[::-1])
+    assert (tmp_path / "out" / "report.html").read_bytes() == first
+
+
+def test_rare_cells_are_withheld_everywhere(report_on: Callable[..., dict[str, Any]]) -> None:
+    studies = [make_study(i, ("T1w",), site="big") for i in range(60)]
+    studies += [make_study(i, ("T1w", "FLAIR"), split="val") for i in range(60, 90)]
+    rare = {"face": "present", "flags": ("motion",), "spacing_mm": (0.7, 0.7, 7.7)}
+    studies += [
+        make_study(i, ("T1w", "CBF"), dataset="tiny", site="rare", split="test", volumes=rare)
+        for i in range(90, 93)
+    ]
+    refusals = [refuse(f"{i}", "not_3d", "") for i in range(30)]
+    refusals += [refuse("x", "not_mri", "")] * 2
+    numbers = report_on(studies, refusals=refusals)
+    flat = list(leaves(numbers))
+    assert not [
+        cell for cell in flat if isinstance(cell, int) and 0 < cell < 10 and cell not in (1, 2)
+    ]
+    assert {"contrasts": ["T1w", "CBF"], "studies": "< 10"} in numbers["contrast_sets"]["rows"]
+    assert {row["name"]: row["studies"] for row in numbers["contrasts"]}["CBF"] == "< 10"
+    assert numbers["datasets"] == [
+        {"name": "one", "studies": WITHHELD, "subjects": WITHHELD, "volumes": WITHHELD},
+        {"name": "tiny", "studies": "< 10", "subjects": "< 10", "volumes": "< 10"},
+    ]
+    splits = {row["name"]: row["studies"] for row in numbers["splits"]}
+    assert splits == {"train": 60, "val": WITHHELD, "test": "< 10"}
+    assert numbers["flags"] == [{"name": "motion", "volumes": "< 10"}]
+    assert numbers["totals"]["labelled"] == 0
+    assert numbers["ledger"]["rows"][0]["files"] == WITHHELD
+    assert "7.7" not in json.dumps(numbers["geometry"])
+    assert [row["name"] for row in numbers["intensities"]] == ["T1w", "FLAIR"]
+    t1w = numbers["intensities"][0]
+    assert [row["site"] for row in t1w["sites"]] == ["big", "not known"]
+    assert t1w["more_sites"] == 1
+
+
+def leaves(value: Any) -> Any:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def test_studies_of_few_subjects_are_rare_however_many(
+    report_on: Callable[..., dict[str, Any]],
+) -> None:
+    studies = [make_study(i) for i in range(50)]
+    studies += [make_study(i, ("SWI",), subject=f"p{i % 4}") for i in range(50, 90)]
+    numbers = report_on(studies)
+    assert {row["name"]: row["studies"] for row in numbers["contrasts"]}["SWI"] == "< 10"
+
+
+def test_one_is_enough_for_data_of_nobody(report_on: Callable[..., dict[str, Any]]) -> None:
+    numbers = report_on([make_study(0), make_study(1, ("T1w", "CBF"))], min_cell=1)
+    assert numbers["contrast_sets"]["rows"] == [
+        {"contrasts": ["T1w"], "studies": 1},
+        {"contrasts": ["T1w", "CBF"], "studies": 1},
+    ]
+    assert [row["name"] for row in numbers["geometry"]["spacing_finest_mm"]] == ["T1w", "CBF"]
+    assert not [c for c in leaves(numbers) if isinstance(c, str) and c in ("< 1", WITHHELD)]
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_text_from_data_cannot_act(
+    kind: str, report_on: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    text = HOSTILE[kind]
+    volumes = {
+        "flags": (text,),
+        "votes": (ContrastVote(source=text, contrast="T1w", confidence=1),),
+    }
+    studies = [make_study(i, dataset=text, site=text, volumes=volumes) for i in range(12)]
+    refusals = [Refusal(text, text, text, text) for _ in range(12)]
+    report_on(studies, refusals=refusals)
+    page = (tmp_path / "out" / "report.html").read_text()
+    elements = Elements(page)
+    assert not elements.open, "every element is closed"
+    assert [attributes for tag, attributes in elements.tags if tag == "script"] == [
+        {"type": "application/json", "id": "numbers"}
+    ]
+    assert not [a for _, attributes in elements.tags for a in attributes if a.startswith("on")]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", page)
+    assert "x" * 100 not in page
+    cells = re.findall(r">([^<>]*)</(?:span|td|th)>", page)
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "-"))]
+
+
+def test_a_page_asks_for_nothing(report_on: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    report_on([make_study(i, ("T1w", "FLAIR")) for i in range(20)])
+    elements = Elements((tmp_path / "out" / "report.html").read_text())
+    for tag, attributes in elements.tags:
+        for name in ("src", "href", "action", "poster", "data", "srcset", "xlink:href"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("data:", "#")), (tag, address)
+        if tag == "img":
+            assert attributes.get("alt")
+        if tag == "svg" and attributes.get("role") == "img":
+            assert attributes.get("aria-label")
+    policies = [a for tag, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert str(policies[0]["content"]).startswith("default-src 'none'")
+    targets = {a["href"] for tag, a in elements.tags if tag == "a"} - {None}
+    ids = {f"#{a['id']}" for _, a in elements.tags if a.get("id")}
+    assert {t for t in targets if t and t.startswith("#")} <= ids
+
+
+def test_the_numbers_can_be_downloaded(
+    report_on: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    numbers = report_on([make_study(i) for i in range(20)])
+    page = (tmp_path / "out" / "report.html").read_text()
+    found = re.search(r'download="report.json" href="data:application/json;base64,([^"]*)"', page)
+    assert found is not None
+    assert json.loads(base64.b64decode(found[1])) == numbers
+
+
+def test_near_duplicates_are_counted_by_kind(report_on: Callable[..., dict[str, Any]]) -> None:
+    rng = np.random.default_rng(0)
+    hashes = [rng.integers(0, 256, 64, dtype=np.uint8).tobytes().hex() for _ in range(30)]
+    studies = [
+        make_study(i, volumes={"image_hash": hashes[i], "voxels_sha256": hashes[i]})
+        for i in range(30)
+    ]
+    # Ten people of train are met again in test.
+    studies += [
+        make_study(
+            30 + i, split="test", volumes={"image_hash": hashes[i], "voxels_sha256": hashes[i]}
+        )
+        for i in range(10)
+    ]
+    found = report_on(studies, min_cell=5)["near_duplicates"]
+    assert {row["name"]: row["pairs"] for row in found["pairs"]} == {
+        "same subject": 0,
+        "two subjects, same split": 0,
+        "two subjects, across splits": 10,
+    }
+    assert found["compared"] == 40
+    assert found["identical_volumes"] == 20
+
+
+def test_more_sets_than_fit_are_counted_together(
+    report_on: Callable[..., dict[str, Any]],
+) -> None:
+    names = ("T1w", "T2w", "PDw", "FLAIR", "DWI", "SWI")
+    sets = [[name for bit, name in enumerate(names) if mask >> bit & 1] for mask in range(1, 64)]
+    studies = [
+        make_study(1000 * place + i, contrasts)
+        for place, contrasts in enumerate(sets)
+        for i in range(3 if place > 5 else 20)
+    ]
+    found = report_on(studies)["contrast_sets"]
+    assert len(found["rows"]) == 6
+    assert found["other"] == {"sets": 57, "studies": 171}
+
+
+def test_a_manifest_of_few_people_says_almost_nothing(
+    report_on: Callable[..., dict[str, Any]],
+) -> None:
+    numbers = report_on([make_study(i) for i in range(4)])
+    assert numbers["totals"]["studies"] == "< 10"
+    assert numbers["totals"]["subjects"] == "< 10"
+    assert not numbers["intensities"]
+    assert not any(numbers["geometry"].values())
+
+
+def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="run the scan first"):
+        write_report(tmp_path, tmp_path / "report.html")
+    with pytest.raises(ValueError, match="min_cell must be at least 1"):
+        write_report(tmp_path, tmp_path / "report.html", min_cell=0)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_names_stay_names() -> None:
+    assert visible("brats-2024 (é)") == "brats-2024 (é)"
+    assert visible("\x1b[0m") == "\\x1b[0m"
+    assert visible("=1") == "'=1"
+    assert len(visible("y" * 100)) == 60
+    assert embedded_json({"a": "</script>&"}) == r'{"a":"\u003c/script\u003e\u0026"}'
+
+
+def test_png_is_png(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    (tmp_path / "a.png").write_bytes(encode_png(image))
+    np.testing.assert_allclose(imread(tmp_path / "a.png") * 255, image, atol=1e-4)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--enable-logging=stderr --v=0 --window-size=1280,2000"
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_a_browser_opens_the_page_without_error_or_request(
+    report_on: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    studies = [make_study(i, ("T1w", "FLAIR"), dataset=HOSTILE["script"]) for i in range(20)]
+    report_on(studies)
+    # Around the report, one request and one message that must be found: the watch is awake.
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        '<iframe src="out/report.html" width="1280" height="1900"></iframe>'
+        '<img src="http://127.0.0.1:9/watch"><script>console.error("watch")</script>'
+    )
+    log, picture = tmp_path / "net.json", tmp_path / "page.png"
+    command = [
+        str(CHROMIUM),
+        *QUIET.split(),
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--log-net-log={log}",
+        f"--screenshot={picture}",
+        frame.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert picture.is_file(), done.stderr
+    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert len(messages) == 1, messages
+    assert '"watch"' in messages[0]
+    # The browser's own requests have no origin; those of a page do.
+    requests = {
+        event["params"]["url"]
+        for event in json.loads(log.read_text())["events"]
+        if event.get("params", {}).get("initiator", "not an origin") != "not an origin"
+    }
+    assert requests == {"http://127.0.0.1:9/watch"}
