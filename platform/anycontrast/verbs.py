@@ -97,16 +97,46 @@ def _predict(words: list[str], overrides: list[str]) -> object:
     return run_predict(release, Path(study_dir), Path(out), config.predict)
 
 
+def _data_stage(name: str) -> Callable[[list[str], list[str]], object]:
+    def run(words: list[str], overrides: list[str]) -> object:
+        path = _config_file(words)
+        from anycontrast import data_stages
+        from anycontrast.training.config import load_config
+
+        return getattr(data_stages, name)(load_config(path, overrides))
+
+    return run
+
+
+def _report(words: list[str], overrides: list[str]) -> object:
+    path = _config_file(words)
+    from anycontrast.data_stages import report
+    from anycontrast.training.config import load_config
+
+    is_config = path is None or path.suffix in {".yaml", ".yml"}
+    return report(load_config(path if is_config else None, overrides), None if is_config else path)
+
+
 _RUN = "[CONFIG] [key=value ...]"
 VERBS = {
     "scan": Verb(_RUN, "source studies -> manifest and ledger", _stage("scan"), ("scan",)),
     "shard": Verb(_RUN, "manifest -> shards", _stage("shard"), ("prepare", "shard")),
     "validate": Verb(_RUN, "check the manifest and every byte of the shards", _validate),
+    "report": Verb(
+        "[CONFIG | MANIFEST] [key=value ...]",
+        "what is in a data set, as one HTML page",
+        _report,
+        ("report",),
+    ),
+    "croissant": Verb(
+        _RUN, "describe a data set for catalogues", _data_stage("croissant"), ("croissant",)
+    ),
+    "zarr": Verb(_RUN, "shards -> Zarr store with OME-NGFF images", _data_stage("zarr"), ("zarr",)),
     "pretrain": Verb(
         _RUN,
         "shards -> pretrained encoder",
         _stage("pretrain"),
-        ("model", "masking", "pretrain", "cluster"),
+        ("model", "masking", "pretrain", "store", "cluster"),
     ),
     "finetune": Verb(_RUN, "encoder -> segmenter", _stage("finetune"), ("finetune",)),
     "evaluate": Verb(_RUN, "Dice per contrast subset", _stage("evaluate"), ("evaluate",)),

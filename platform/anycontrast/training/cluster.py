@@ -188,7 +188,15 @@ def _from_anywhere(config: Config) -> Config:
     """Make paths absolute: a worker may start in another folder than the driver."""
     start = config.pretrain.init_from
     pretrain = replace(config.pretrain, init_from=start and str(Path(start).resolve()))
-    return replace(config, root=str(Path(config.root).resolve()), pretrain=pretrain)
+    location = config.store.location
+    if location is not None and "://" not in location:
+        location = str(Path(location).expanduser().resolve())
+    return replace(
+        config,
+        root=str(Path(config.root).resolve()),
+        pretrain=pretrain,
+        store=replace(config.store, location=location),
+    )
 
 
 @contextmanager

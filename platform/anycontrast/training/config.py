@@ -14,6 +14,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
+from anycontrast.data_stages import CroissantConfig, ReportConfig
 from anycontrast.evaluation.evaluate import EvaluateConfig
 from anycontrast.models.amae import AMAEConfig
 from anycontrast.models.masking import MaskingConfig
@@ -26,6 +27,7 @@ from anycontrast.training.pretrain import PretrainConfig
 from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.scan import ScanConfig
 from anycontrast_datasets.shard import ShardConfig
+from anycontrast_datasets.store.zarr_config import ZarrConfig
 
 _WHEREABOUTS = (
     "root",
@@ -39,6 +41,8 @@ _WHEREABOUTS = (
     "predict.table",
     "store.location",
     "store.cache.folder",
+    "report.out",
+    "croissant.out",
 )
 """Keys that say where things are, or what else must not travel with a checkpoint."""
 
@@ -93,6 +97,7 @@ class RunPaths:
     source: Path
     manifest: Path
     shards: Path
+    zarr: Path
     pretrain: Path
     finetune: Path
     report: Path
@@ -113,6 +118,9 @@ class Config:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    zarr: ZarrConfig = field(default_factory=ZarrConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    croissant: CroissantConfig = field(default_factory=CroissantConfig)
     model: AMAEConfig = field(default_factory=AMAEConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

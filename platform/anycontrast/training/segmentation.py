@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from anycontrast.models.segmenter import (
 )
 from anycontrast.training.task import Micro, Parts, Validation
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_datasets.store.reader import StudyStore
+from anycontrast_datasets.store.reader import Codes, StudyStore, Vox3
 from anycontrast_datasets.study import ManifestError, StudyArrays, StudyRecord
 
 if TYPE_CHECKING:
@@ -48,11 +50,42 @@ class LabelledStore:
         self.records: tuple[StudyRecord, ...] = tuple(store.records[i] for i in self._indices)
         self.fingerprint = f"{store.fingerprint}:labelled"
 
+    def __len__(self) -> int:
+        return len(self._indices)
+
     def read(
-        self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
+        self,
+        index: int,
+        *,
+        contrasts: Sequence[str] | None = None,
+        label: bool = False,
+        out: Mapping[str, Codes] | None = None,
     ) -> StudyArrays:
-        """See `StudyStore.read`; `index` counts labelled studies."""
-        return self._store.read(self._indices[index], contrasts=contrasts, label=label)
+        """See `StudyStore.read`; `index` counts labelled studies, here and below."""
+        return self._store.read(self._indices[index], contrasts=contrasts, label=label, out=out)
+
+    def read_crop(
+        self,
+        index: int,
+        start_vox: Vox3,
+        size_vox: Vox3,
+        *,
+        contrasts: Sequence[str] | None = None,
+        label: bool = False,
+    ) -> StudyArrays:
+        """See `StudyStore.read_crop`."""
+        place = self._indices[index]
+        return self._store.read_crop(place, start_vox, size_vox, contrasts=contrasts, label=label)
+
+    def read_patches(
+        self, index: int, patch_vox: Vox3, patches: Mapping[str, npt.NDArray[np.int64]]
+    ) -> dict[str, Codes]:
+        """See `StudyStore.read_patches`."""
+        return self._store.read_patches(self._indices[index], patch_vox, patches)
+
+    def close(self) -> None:
+        """See `StudyStore.close`."""
+        self._store.close()
 
     def verify(self) -> list[str]:
         """See `StudyStore.verify`; the whole store is read."""

@@ -1,0 +1,134 @@
+"""The stages that look at or hand on a data set: report, croissant, zarr, withdraw.
+
+Like `stages`: each takes the run's configuration and returns a small JSON result.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anycontrast.log import progress
+
+if TYPE_CHECKING:
+    from anycontrast.training.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The page that says what is in a data set."""
+
+    out: str | None = None
+    """HTML file to write; None means `<run>/report/dataset.html`, or `report.html` beside a
+    manifest that is named instead of a run."""
+    min_cell: int | None = None
+    """Fewest subjects behind a count that is shown; None means 10, and 1 for phantom data."""
+    montage: bool = True
+    """Show slices, of volumes without a face; a page for publication may need to go without."""
+
+    def __post_init__(self) -> None:
+        if self.min_cell is not None and self.min_cell < 1:
+            raise ValueError(f"report.min_cell must be >= 1, got {self.min_cell}; use 10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CroissantConfig:
+    """The description of a data set that catalogues and search engines read."""
+
+    out: str | None = None
+    """File to write; None means `<run>/manifest/croissant.json`."""
+    name: str = ""
+    """Of the data set; blank takes the name of the run."""
+    licence: str | None = None
+    """SPDX identifier, e.g. `CC-BY-4.0`."""
+    description: str = ""
+    """One paragraph; blank makes one of the counts."""
+    version: str = "1.0.0"
+    """Of the data set."""
+    cite_as: str = ""
+    """How to cite it."""
+    url: str = ""
+    """Its home page."""
+    date_published: str = ""
+    """ISO date."""
+    base_url: str = ""
+    """What precedes the names of the files, ending with `/`; blank for relative names."""
+
+
+def report(config: "Config", manifest: Path | None = None) -> dict[str, Any]:
+    """Write the report of a run's data, or of a manifest that is named.
+
+    Args:
+        config: Of the run; of a named manifest only the section `report` counts.
+        manifest: Folder of a manifest, or `manifest.parquet` itself.
+
+    Raises:
+        ManifestError: there is no usable manifest.
+    """
+    from anycontrast_datasets.report import MIN_CELL, write_report
+
+    shards = None
+    if manifest is None:
+        manifest, out = config.paths.manifest, config.paths.report / "dataset.html"
+        if (config.paths.shards / "dataset.json").is_file():
+            shards = config.paths.shards
+    else:
+        manifest = manifest.parent if manifest.is_file() else manifest
+        out = manifest / "report.html"
+    synthetic = shards is not None and config.scan.source == "phantom"
+    min_cell = config.report.min_cell or (1 if synthetic else MIN_CELL)
+    out = out if config.report.out is None else Path(config.report.out)
+    result = write_report(
+        manifest,
+        out,
+        shards=shards,
+        min_cell=min_cell,
+        montage=config.report.montage,
+        synthetic=synthetic,
+    )
+    logger.info("report of the data set in %s", out)
+    return result
+
+
+def croissant(config: "Config") -> dict[str, Any]:
+    """Describe the run's manifest, and its shards if there are any, in Croissant.
+
+    Raises:
+        ManifestError: there is no usable manifest.
+        ShardError: the shards are of another manifest.
+    """
+    from anycontrast_datasets.croissant import export_croissant
+
+    wanted = config.croissant
+    has_shards = (config.paths.shards / "dataset.json").is_file()
+    out = config.paths.manifest / "croissant.json" if wanted.out is None else Path(wanted.out)
+    written = export_croissant(
+        config.paths.manifest,
+        config.paths.shards if has_shards else None,
+        out,
+        name=wanted.name or config.name,
+        licence=wanted.licence,
+        description=wanted.description,
+        version=wanted.version,
+        cite_as=wanted.cite_as,
+        url=wanted.url,
+        date_published=wanted.date_published,
+        base_url=wanted.base_url,
+    )
+    return {"croissant": str(written)}
+
+
+def zarr(config: "Config") -> dict[str, Any]:
+    """Copy the prepared studies into a Zarr store, for viewers, crops and other tools.
+
+    Raises:
+        ShardError: there are no shards, or another process writes the folder.
+    """
+    from anycontrast.shards import open_shards
+    from anycontrast_datasets.store.zarr_writer import write_zarr_store
+
+    store = open_shards(config)
+    with progress("writing zarr", "studies") as on_progress:
+        return write_zarr_store(store, config.paths.zarr, config.zarr, on_progress=on_progress)
