@@ -8,7 +8,7 @@ from typing import Literal
 class ZarrConfig:
     """How studies are laid out in the Zarr store."""
 
-    chunk_vox: int = 64
+    chunk_vox: int = 80
     """Longest side of an inner chunk; the sides are made to divide the volume. 0 = the volume."""
     num_levels: int = 2
     """Resolutions of every image, each half of the one before: viewers want one or two more."""

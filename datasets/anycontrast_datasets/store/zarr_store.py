@@ -21,7 +21,7 @@ from anycontrast_datasets.store.byte_source import ByteSource, LocalSource
 from anycontrast_datasets.store.cache import CacheConfig
 from anycontrast_datasets.store.codec import Codes
 from anycontrast_datasets.store.partial import Vox3, check_patches, clip_box, gather_patches
-from anycontrast_datasets.store.slots import slot_array
+from anycontrast_datasets.store.slots import scratch_array, slot_array
 from anycontrast_datasets.store.study_records import StudyRecords
 from anycontrast_datasets.store.volume_index import RECORD_MEMBER, read_dataset
 from anycontrast_datasets.store.zarr_index import (
@@ -152,8 +152,8 @@ class ZarrStore:
             check_patches(record.shape, patch_vox, index_N)
             layout = arrays[name].layout
             numbers = _chunks_of(index_N, patch_vox, record.shape, layout.chunk, layout.grid)
-            # Memory that is never touched costs nothing: only the chunks read become pages.
-            codes = np.zeros(record.shape, dtype=np.int16)
+            # What lay there before stays where no patch is.
+            codes = scratch_array(record.shape)
             self._decode(arrays[name], record, ((0, 0, 0), record.shape), codes, numbers)
             found[name] = gather_patches(codes, patch_vox, index_N)
         return found

@@ -1,0 +1,71 @@
+"""Time several ways of doing the same thing in one process, in alternating rounds.
+
+Every round runs every way once on the same item, so load on the machine meets all alike. CPU time
+is that of the whole process, threads included; the median over rounds is what is reported, and the
+least where a second core may be taken by others.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass
+class Timing:
+    """Seconds per call, one entry a round."""
+
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+
+    @property
+    def cpu_ms(self) -> float:
+        """Median CPU time of a call in ms."""
+        return 1e3 * statistics.median(self.cpu_s)
+
+    @property
+    def wall_ms(self) -> float:
+        """Median wall time of a call in ms."""
+        return 1e3 * statistics.median(self.wall_s)
+
+    @property
+    def best_cpu_ms(self) -> float:
+        """Least CPU time of a call in ms."""
+        return 1e3 * min(self.cpu_s)
+
+    @property
+    def best_wall_ms(self) -> float:
+        """Least wall time of a call in ms."""
+        return 1e3 * min(self.wall_s)
+
+
+def alternate(
+    ways: Mapping[Name, Callable[[int], object]], num_items: int, rounds: int
+) -> dict[Name, Timing]:
+    """Call every way on every item, in `rounds` rounds after one that is not counted.
+
+    Args:
+        ways: Name -> function of the item's number.
+        num_items: Items 0 .. num_items - 1; a call on each in every round.
+        rounds: Rounds that count.
+    """
+    timings = {name: Timing() for name in ways}
+    for number in range(rounds + 1):
+        for item in range(num_items):
+            for name, way in ways.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                way(item)
+                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+                if number:
+                    timings[name].cpu_s.append(cpu)
+                    timings[name].wall_s.append(wall)
+    return timings
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table, first column to the left, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
