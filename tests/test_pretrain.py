@@ -205,7 +205,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def test_a_damaged_study_is_left_out_logged_and_shown_in_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "open_store", lambda path: damaged_store(1, 6))
+    monkeypatch.setattr(pretrain, "open_shards", lambda config: damaged_store(1, 6))
     config = skipping_config(tmp_path, max_corrupt_fraction=0.25)
     stops = iter([False, False, True])
     with pytest.raises(TrainingInterrupted):
@@ -372,7 +372,7 @@ def test_two_ranks_lose_a_study_and_train_as_one_rank_does(
     ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a rank's two packs one becomes a substitute; nobody hangs, and the weights agree."""
-    monkeypatch.setattr(pretrain, "open_store", lambda path: damaged_store(1, 6))
+    monkeypatch.setattr(pretrain, "open_shards", lambda config: damaged_store(1, 6))
     config = skipping_config(tmp_path, max_corrupt_fraction=0.25)
     pretrain_worker(config)
     there = ranks / "lossy" / "test" / "pretrain"
@@ -398,7 +398,7 @@ def test_the_cap_ends_both_ranks_with_the_same_error(ranks: Path) -> None:
 
 def lose_studies(out: Path) -> None:
     """Train on two ranks with damaged studies: below the cap to the end, then above it."""
-    pretrain.open_store = lambda path: damaged_store(1, 6)  # type: ignore[attr-defined]
+    pretrain.open_shards = lambda config: damaged_store(1, 6)  # type: ignore[attr-defined]
     pretrain_worker(skipping_config(out / "lossy", max_corrupt_fraction=0.25))
     try:
         pretrain_worker(skipping_config(out / "cap", max_corrupt_fraction=0.2))

@@ -182,6 +182,9 @@ class _Run:
 
     def start(self, stack: ExitStack, found: CheckpointInfo | None) -> None:
         """Build the engine, take over a checkpoint's optimiser, open the logs."""
+        start = found.step if found else 0
+        # Before the first step, whose damaged studies are to be logged too.
+        self.data = DataLog(self.stream, self.folder, start_step=start)
         self.first = next(self.stream)
         self.engine = Engine(
             self.task, self.config.engine, self.config.optim, accumulation=len(self.first.packs)
@@ -195,8 +198,6 @@ class _Run:
         if found is not None:
             load_optimizer(found, self.engine)
             logger.info("resuming at step %d of %d from %s", found.step, self.num_steps, found.path)
-        start = found.step if found else 0
-        self.data = DataLog(self.stream, self.folder, start_step=start)
         if rank() == 0:
             self.writer = stack.enter_context(MetricsWriter(self.folder, start_step=start))
             if sys.stderr.isatty():
