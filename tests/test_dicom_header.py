@@ -226,5 +226,6 @@ def test_real_enhanced_headers_give_the_physics_that_dcm2niix_gives() -> None:
     adc = read(REAL / "xa30/dicom/11_DWI_ADC.dcm")
     assert adc.image_type == ("DERIVED", "PRIMARY", "DIFFUSION", "ADC")
     fruit = read(REAL / "deident/dicom/00092.dcm")
-    assert fruit.sidecar["DeidentificationMethod"] == "mri_reface"
+    assert fruit.sidecar["DeidentificationMethod"] == "reface"
+    assert fruit.sidecar["DeidentificationMethodCodeSequence"] == "113102"
     assert fruit.num_in_acquisition == 196

@@ -136,7 +136,7 @@ def test_200_planted_headers_give_away_nothing(
     text = json.dumps([str(part) for part in said]) + caplog.text
     text += "".join(str(warning.message) for warning in recwarn)
     assert "ZQX" not in text.upper()
-    assert "tfl3d" in text and "defaced" in text and "t1" in text
+    assert "tfl3d" in text and "deface" in text and "t1" in text
 
 
 def everything_in(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -2,8 +2,8 @@
 
 The file is foreign: it is read up to a cap, never inflated, its nesting and its claims on pixels
 are checked before anything trusts them, and no text of it reaches a reason or a log. Pixels are
-only hashed here. Cost: every byte is read once for the hash; about a millisecond of parsing per
-classic file.
+only hashed here. Cost: every byte is read once for the hash; two milliseconds of parsing per
+classic file, 75 for 96 enhanced frames.
 
 Source: DICOM PS3.5 and PS3.10; reference/reliability.md S5.
 """

@@ -21,15 +21,21 @@ _USES: Mapping[str, str] = {
     "geometry": "ImagePositionPatient ImageOrientationPatient PixelSpacing",
     "physics, as a number": (
         "EchoTime RepetitionTime InversionTime FlipAngle MagneticFieldStrength EchoTrainLength "
-        "DiffusionBValue"
+        "DiffusionBValue EffectiveEchoTime InversionTimes"
     ),
     "physics, as words of a fixed list": (
         "ImageType ScanningSequence SequenceVariant MRAcquisitionType SequenceName "
-        "PulseSequenceName EchoPulseSequence ContrastBolusAgent"
+        "PulseSequenceName EchoPulseSequence EchoPlanarPulseSequence InversionRecovery "
+        "ContrastBolusAgent"
     ),
-    "face, as words of a fixed list": "RecognizableVisualFeatures DeidentificationMethod",
+    "face, as words of a fixed list": (
+        "RecognizableVisualFeatures DeidentificationMethod CodeValue"
+    ),
     "holds other tags of this list": (
-        "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence ContrastBolusAgentSequence"
+        "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence MREchoSequence "
+        "MRTimingAndRelatedParametersSequence MRModifierSequence MRDiffusionSequence "
+        "PlanePositionSequence PlaneOrientationSequence PixelMeasuresSequence "
+        "ContrastBolusAgentSequence DeidentificationMethodCodeSequence"
     ),
 }
 KEPT_TAGS: Mapping[str, str] = {
@@ -60,7 +66,7 @@ SEQUENCE_WORDS = re.compile(
     r"mprage|mp2rage|bravo|f?spgr|flair|swi|swan|fl[23]d|gre|ffe|vibe|se2d|se"
 )
 """Found anywhere in a sequence name, which is free text."""
-FACE_TOOLS = re.compile(
-    r"mri_reface|pydeface|mri_deface|quickshear|mideface|fsl_deface|defac\w{0,3}|skull.?strip"
-)
+FACE_TOOLS = re.compile(r"reface|deface|quickshear|facemask|skull.?strip|stripped")
 """Found anywhere in the de-identification method, which is free text."""
+CLEANED_FEATURES = "113102"
+"""Code of the option that changes a face (DICOM PS3.16 CID 7050)."""

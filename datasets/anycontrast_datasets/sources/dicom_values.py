@@ -160,6 +160,8 @@ def _coded(dataset: "Dataset", groups: tuple["Dataset | None", ...]) -> dict[str
         modifier = group_item(groups, "MRModifierSequence")
         if modifier is not None and text(modifier, "InversionRecovery").upper() == "YES":
             sequence = (*sequence, "IR")
+        if text(dataset, "EchoPlanarPulseSequence").upper() == "YES":
+            sequence = (*sequence, "EP")
     named = text(dataset, "SequenceName") or text(dataset, "PulseSequenceName")
     agent = _agent(dataset)
     coded: dict[str, object] = {
@@ -176,6 +178,9 @@ def _coded(dataset: "Dataset", groups: tuple["Dataset | None", ...]) -> dict[str
             tags.FACE_TOOLS.findall(text(dataset, "DeidentificationMethod").lower())
         ),
     }
+    codes = dataset.get("DeidentificationMethodCodeSequence") or ()
+    if any(text(code, "CodeValue") == tags.CLEANED_FEATURES for code in codes):
+        coded["DeidentificationMethodCodeSequence"] = tags.CLEANED_FEATURES
     return {key: value for key, value in coded.items() if value}
 
 
