@@ -419,3 +419,63 @@ def test_a_browser_opens_the_page_without_error_or_request(
         if event.get("params", {}).get("initiator", "not an origin") != "not an origin"
     }
     assert requests == {"http://127.0.0.1:9/watch"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reader_cannot_compute_a_rare_set(
+    seed: int, report_on: Callable[..., dict[str, Any]]
+) -> None:
+    from scipy.optimize import linprog
+
+    rng = np.random.default_rng(seed)
+    names = ("T1w", "T2w", "FLAIR", "DWI")
+    sets = [tuple(n for b, n in enumerate(names) if mask >> b & 1) for mask in range(1, 16)]
+    counts = rng.integers(1, 40, size=len(sets))
+    studies = [
+        make_study(1000 * place + i, contrasts)
+        for place, (contrasts, count) in enumerate(zip(sets, counts, strict=True))
+        for i in range(count)
+    ]
+    numbers = report_on(studies)
+    rows = [(row["contrasts"], row["studies"]) for row in numbers["contrast_sets"]["rows"]]
+    known = [([float(set(c) == set(s)) for s in sets], n) for c, n in rows]
+    known += [
+        ([float(row["name"] in s) for s in sets], row["studies"]) for row in numbers["contrasts"]
+    ]
+    known += [([1.0] * len(sets), numbers["totals"]["studies"])]
+    known += [([float(len(s)) for s in sets], numbers["totals"]["volumes"])]
+    equal = [(row, n) for row, n in known if isinstance(n, int)]
+    rare = [row for row, n in known if n == "< 10"]
+    assert rare
+    for row in rare:
+        ends = [
+            linprog(
+                sign * np.array(row),
+                A_eq=np.array([r for r, _ in equal]),
+                b_eq=np.array([n for _, n in equal]),
+                bounds=(0, None),
+            ).fun
+            * sign
+            for sign in (1, -1)
+        ]
+        assert ends[0] <= 1.001
+        assert ends[1] >= 8.999
+
+
+def test_45000_studies_are_reported_in_one_go(tmp_path: Path) -> None:
+    from anycontrast.bench.synthetic_manifest import write_synthetic_manifest
+
+    write_synthetic_manifest(tmp_path / "manifest.parquet", 45_000)
+    summary = write_report(tmp_path, tmp_path / "report.html")
+    assert summary["studies"] == 45_000
+    assert summary["volumes"] > 100_000
+    assert summary["bytes"] < 5e6
+    numbers = numbers_of(tmp_path / "report.html")
+    assert sum(row["studies"] for row in numbers["splits"]) == 45_000
+    shown = [
+        row["volumes"] for chart in numbers["geometry"].values() for r in chart for row in r["bins"]
+    ]
+    assert min(shown) >= 10
+    listed = [row["studies"] for row in numbers["contrast_sets"]["rows"]]
+    other = numbers["contrast_sets"]["other"]
+    assert sum(listed) + (other["studies"] if other else 0) == 45_000
