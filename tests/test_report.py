@@ -454,8 +454,8 @@ def test_a_reader_cannot_compute_a_rare_set(
                 A_eq=np.array([r for r, _ in equal]),
                 b_eq=np.array([n for _, n in equal]),
                 bounds=(0, None),
-            ).fun
-            * sign
+            ).x
+            @ row
             for sign in (1, -1)
         ]
         assert ends[0] <= 1.001

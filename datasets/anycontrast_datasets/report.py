@@ -107,7 +107,7 @@ def report_numbers(columns: Columns, min_cell: int, max_hash_bits: int) -> dict[
         "sites": (columns.site, "not known"),
     }
     found = {
-        name: table_of(columns, groups, min_cell, totals, blank=blank)
+        name: table_of(columns, groups, min_cell, totals, blank=blank, is_hashed=name == "sites")
         for name, (groups, blank) in tables.items()
     }
     return {

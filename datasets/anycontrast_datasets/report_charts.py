@@ -55,17 +55,17 @@ def bars(
         more: Key -> heading of text columns at the end.
     """
     key = next(iter(measures))
-    largest = max((row[key] for row in rows if isinstance(row[key], int)), default=1)
+    counts = [row[key] for row in rows if isinstance(row[key], int) and not row.get("rest")]
+    largest = max(counts, default=1)
     heads = "".join(f'<th scope="col" class="n">{escape(h)}</th>' for h in measures.values())
     texts = "".join(f'<th scope="col" class="w">{escape(h)}</th>' for h in (more or {}).values())
     lines = []
     for row in rows:
         tint = color(row["name"]) if color else ""
+        bar = '<td class="bar"></td>' if row.get("rest") else bar_cell(row[key], largest, tint)
         counts = "".join(f'<td class="n">{cell(row[name])}</td>' for name in measures)
         words = "".join(f'<td class="words">{escape(row[name])}</td>' for name in (more or {}))
-        lines.append(
-            f"<tr>{_head(row['name'], tint)}{bar_cell(row[key], largest, tint)}{counts}{words}</tr>"
-        )
+        lines.append(f"<tr>{_head(row['name'], tint)}{bar}{counts}{words}</tr>")
     return (
         f'<div class="scroll"><table><caption>{escape(caption)}</caption>'
         f'<thead><tr><th scope="col">{escape(first)}</th><td></td>{heads}{texts}</tr></thead>'
@@ -88,7 +88,7 @@ def upset(contrasts: Sequence[Row], sets: Row) -> str:
         text = f"{number(sets['other']['sets'])} rarer sets together"
         lines.append(
             f'<tr><th scope="row" class="dots">{text}</th><td class="n">'
-            f"{cell(other)}</td>{bar_cell(other, largest)}</tr>"
+            f"{cell(other)}</td><td></td></tr>"
         )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Studies by contrast set">'

@@ -23,7 +23,7 @@ from anycontrast_datasets.report_cells import (
     show,
 )
 from anycontrast_datasets.report_columns import Codes, Columns, Ints, num_people, people_per
-from anycontrast_datasets.report_text import reason_code, visible
+from anycontrast_datasets.report_text import reason_code, short_names, visible
 from anycontrast_datasets.study import FACE_STATES, SPLITS
 
 MAX_ROWS = 16
@@ -33,7 +33,13 @@ Row = dict[str, Any]
 
 
 def table_of(
-    columns: Columns, groups: Codes, least: int, totals: Mapping[str, Shown], *, blank: str
+    columns: Columns,
+    groups: Codes,
+    least: int,
+    totals: Mapping[str, Shown],
+    *,
+    blank: str,
+    is_hashed: bool = False,
 ) -> list[Row]:
     """Count studies, subjects and volumes by dataset, split or site.
 
@@ -43,9 +49,13 @@ def table_of(
         least: Fewest subjects of a row that is shown.
         totals: What is shown of all studies, by the same names.
         blank: What an empty name is called.
+        is_hashed: Names are hashes, of which the first few characters tell them apart.
+
+    Returns:
+        `name`, the three counts, and `rest` where a row joins those that are not listed.
     """
     volumes = np.bincount(columns.study_V, minlength=len(columns.set_S))
-    codes, names = _with_rest(groups, blank)
+    codes, names = _with_rest(groups, blank, is_hashed=is_hashed)
     measures = {
         "studies": np.bincount(codes, minlength=len(names)),
         "subjects": people_per(codes, columns.person_S, len(names)),
@@ -69,7 +79,7 @@ def table_of(
     if set(groups.names) <= set(SPLITS):
         return sorted(rows, key=lambda row: SPLITS.index(row["name"]))
     named, rest = rows[:MAX_ROWS], rows[MAX_ROWS:]
-    return sorted(named, key=by_count("studies")) + rest
+    return sorted(named, key=by_count("studies")) + [{**row, "rest": True} for row in rest]
 
 
 def faces(columns: Columns, contrasts: Sequence[Row], least: int) -> list[Row]:
@@ -189,14 +199,15 @@ def _repeated(hashes: Codes) -> Any:
     return times[hashes.codes] > 1
 
 
-def _with_rest(groups: Codes, blank: str) -> tuple[Ints, list[str]]:
+def _with_rest(groups: Codes, blank: str, *, is_hashed: bool) -> tuple[Ints, list[str]]:
     """Return codes and names in the order of frequency, the least frequent ones joined."""
     counts = np.bincount(groups.codes, minlength=len(groups.names))
     order = sorted(range(len(counts)), key=lambda i: (-counts[i], groups.names[i]))
     kept = order[:MAX_ROWS]
     place = np.full(len(order), len(kept), dtype=np.int64)
     place[kept] = np.arange(len(kept))
-    names = [visible(groups.names[i]) if groups.names[i] else blank for i in kept]
+    labels = short_names(groups.names) if is_hashed else [visible(n) for n in groups.names]
+    names = [labels[i] or blank for i in kept]
     if len(kept) < len(order):
         names.append(f"{len(order) - len(kept)} more")
     return place[groups.codes], names

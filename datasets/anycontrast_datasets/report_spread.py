@@ -14,7 +14,7 @@ import numpy as np
 from anycontrast_datasets.contrast import CONTRAST_NAMES
 from anycontrast_datasets.report_cells import merge_bins
 from anycontrast_datasets.report_columns import Columns, Floats
-from anycontrast_datasets.report_text import visible
+from anycontrast_datasets.report_text import short_names
 
 MAX_SITES = 12
 """Sites listed for a contrast, those with most volumes."""
@@ -89,6 +89,7 @@ def intensities(columns: Columns, least: int) -> list[dict[str, Any]]:
     """
     known = np.isfinite(columns.intensity_V3).all(axis=1)
     site_V = columns.site.codes[columns.study_V]
+    labels = short_names(columns.site.names)
     found = []
     for code, name in enumerate(CONTRAST_NAMES):
         chosen = known & (columns.contrast.codes == code)
@@ -103,7 +104,7 @@ def intensities(columns: Columns, least: int) -> list[dict[str, Any]]:
             if len(rows) >= MAX_SITES or len(np.unique(columns.person_V[here])) < least:
                 more += 1
                 continue
-            label = visible(columns.site.names[site], 14) or "not known"
+            label = labels[site] or "not known"
             rows.append({"site": label, **_medians(columns.intensity_V3[here])})
         rows.sort(key=lambda row: (row["p50"], row["site"]))
         everything = _medians(columns.intensity_V3[chosen])

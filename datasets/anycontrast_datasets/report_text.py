@@ -3,7 +3,7 @@
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_NAME = 60
@@ -26,6 +26,14 @@ def visible(text: str, limit: int = MAX_NAME) -> str:
     if shown.startswith(_FORMULA):
         shown = f"'{shown}"
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}\u2026"
+
+
+def short_names(names: Sequence[str], least: int = 8) -> list[str]:
+    """Return names made visible and cut to the same length, the shortest that keeps them apart."""
+    length = least
+    while len({name[:length] for name in names}) < len(set(names)) and length < MAX_NAME:
+        length += 1
+    return [visible(name[:length]) for name in names]
 
 
 def escape(text: object) -> str:
