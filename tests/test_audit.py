@@ -67,7 +67,7 @@ def test_a_lost_a_doubled_an_exchanged_and_a_misdated_study_are_found(
 
 
 def test_an_epoch_entered_in_its_middle_is_counted_from_there() -> None:
-    audit = close(replace(tally_of(PLACES[2:]), first_place=2))
+    audit = close(replace(tally_of(PLACES[2:].tolist()), first_place=2))
     assert (audit.places, audit.drawn, audit.first_place) == (4, 4, 2)
     assert "4 places for 4 of 6 studies" in audit.line()
     assert "counted from place 2" in audit.line()

@@ -29,7 +29,8 @@ def columns() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
 
 
 def weights(**values: Any) -> list[float]:
-    return study_weights(MixingConfig(**values), NAMES, *columns()).tolist()
+    found = study_weights(MixingConfig(**values), NAMES, *columns())
+    return [float(weight) for weight in found]
 
 
 def test_weights_of_dataset_contrast_and_set_multiply() -> None:

@@ -109,13 +109,11 @@ def make_study(number: int, *, split: str = "train", contrasts: Sequence[str] = 
     return StudyArrays(record, codes, label)
 
 
-def make_store(num_studies: int, **kwargs: Any) -> MemoryStore:
+def make_store(num_studies: int, **kwargs: Any) -> Any:
     return MemoryStore([make_study(n) for n in range(num_studies)], **kwargs)
 
 
-def serve(
-    store: MemoryStore, config: StreamConfig, num_steps: int, **kwargs: Any
-) -> list[StepPacks]:
+def serve(store: Any, config: StreamConfig, num_steps: int, **kwargs: Any) -> list[StepPacks]:
     with StudyStream(store, config, PATCH, seed=kwargs.pop("seed", 5), **kwargs) as stream:
         return [next(stream) for _ in range(num_steps)]
 
@@ -244,7 +242,7 @@ def test_split_and_contrasts_choose_what_is_served(caplog: pytest.LogCaptureFixt
         make_study(3, contrasts=("DWI",), split="val"),
     ]
     config = StreamConfig(studies_per_step=2, contrasts=["DWI", "FLAIR"])
-    store = MemoryStore(studies)
+    store: Any = MemoryStore(studies)
     with caplog.at_level(logging.INFO), StudyStream(store, config, PATCH, seed=0) as stream:
         assert stream.num_studies == 2
         assert stream.steps_per_epoch == 1.0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anycontrast_datasets.audit import combine_states
+from anycontrast_datasets.audit import EpochAudit, combine_states
 from anycontrast_datasets.quarantine import Damage
 from anycontrast_datasets.stream import StepPacks, StreamConfig, StudyStream
 from anycontrast_datasets.study import ShardError
@@ -62,7 +62,9 @@ def test_stopping_is_the_default_and_names_the_place(memory_store: MakeStore) ->
 def test_a_damaged_study_is_left_out_named_once_and_audited(
     store: Any, config: StreamConfig
 ) -> None:
-    audits, damages, served = [], [], set()
+    audits: list[EpochAudit] = []
+    damages: list[Damage] = []
+    served = set()
     with StudyStream(store, config, PATCH, seed=5) as stream:
         while len(audits) < 6:
             step = next(stream)

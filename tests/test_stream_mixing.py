@@ -36,7 +36,7 @@ def store(memory_store: MakeStore) -> Any:
     return memory_store(41, contrasts=contrasts, datasets=("a", "a", "a", "b"))
 
 
-def named(steps: Sequence[StepPacks]) -> list[tuple[object, ...]]:
+def named(steps: Sequence[StepPacks]) -> list[tuple[Any, ...]]:
     """What was served, by step, pack and slot."""
     return [
         (step.step, number, study_id, epoch, draw, contrasts, grid)
@@ -61,7 +61,7 @@ class Run:
         self.state: dict[str, Any] = {}
         self.lines: list[str] = []
 
-    def go(self, until_step: int, world_size: int = 1, **tuning: int) -> None:
+    def go(self, until_step: int, world_size: int = 1, **tuning: Any) -> None:
         """Serve up to a step on so many ranks, then keep nothing but the JSON state."""
         config = replace(self.config, **tuning)
         start = int(self.state.get("next_step", 0))
@@ -229,8 +229,8 @@ def test_weights_may_change_at_an_epoch_edge_only(store: Any) -> None:
 
 def test_a_state_from_before_these_options_goes_on(store: Any) -> None:
     config = StreamConfig(studies_per_step=6, packs_per_step=2)
-    new = ("cursor", "tallies", "served_hash", "quarantine", "stream.mixing")
-    new += ("stream.pack_tokens", "stream.pool_studies", "stream.draws_per_study")
+    new = {"cursor", "tallies", "served_hash", "quarantine", "stream.mixing"}
+    new |= {"stream.pack_tokens", "stream.pool_studies", "stream.draws_per_study"}
     with StudyStream(store, config, PATCH, seed=5) as stream:
         state = {name: v for name, v in stream.state_dict(4).items() if name not in new}
     with StudyStream(store, config, PATCH, seed=5, start_step=4) as stream:
