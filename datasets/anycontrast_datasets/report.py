@@ -44,7 +44,7 @@ def write_report(
     manifest_dir: Path,
     out: Path,
     *,
-    shards: Path | None = None,
+    shards: Path | str | None = None,
     min_cell: int = MIN_CELL,
     montage: bool = True,
     synthetic: bool = False,
@@ -55,7 +55,7 @@ def write_report(
     Args:
         manifest_dir: Folder of the manifest, or the manifest itself.
         out: The HTML file; its folder is made.
-        shards: Prepared studies, for pictures; None for a page without.
+        shards: Folder or address of prepared studies, for pictures; None for a page without.
         min_cell: Fewest subjects behind a count that is shown; 1 shows everything.
         montage: Show slices of volumes whose face is stripped, defaced or refaced.
         synthetic: The data are of nobody: slices of every volume may be shown.
@@ -147,7 +147,7 @@ def _ledger(path: Path, min_cell: int) -> dict[str, Any] | None:
 def _pictures(
     columns: Columns,
     numbers: Mapping[str, Any],
-    shards: Path | None,
+    shards: Path | str | None,
     *,
     allowed: bool,
     synthetic: bool,

@@ -55,8 +55,8 @@ def bars(
         more: Key -> heading of text columns at the end.
     """
     key = next(iter(measures))
-    counts = [row[key] for row in rows if isinstance(row[key], int) and not row.get("rest")]
-    largest = max(counts, default=1)
+    drawn = [row[key] for row in rows if isinstance(row[key], int) and not row.get("rest")]
+    largest = max(drawn, default=1)
     heads = "".join(f'<th scope="col" class="n">{escape(h)}</th>' for h in measures.values())
     texts = "".join(f'<th scope="col" class="w">{escape(h)}</th>' for h in (more or {}).values())
     lines = []

@@ -15,13 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from anycontrast_datasets.store.reader import StudyStore
-from anycontrast_datasets.study import ShardError, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import ShardError, VolumeRecord
 
 logger = logging.getLogger(__name__)
 
 FACELESS = frozenset({"stripped", "defaced", "refaced"})
 MAX_STUDIES = 5
 """Studies shown per contrast."""
+MAX_LOOKED_AT = 4096
+"""Studies that those shown are chosen among, spread over the store."""
 MAX_SIDE_VOX = 256
 """Of a picture; larger planes are thinned out."""
 
@@ -59,40 +61,37 @@ def montage(
     Returns:
         Pictures per contrast; contrasts without a volume that may be shown are left out.
     """
-    found: dict[str, list[Picture]] = {}
-    for contrast in contrasts:
-        fitting = [
-            index
-            for index, record in enumerate(store.records)
-            if contrast in record.contrasts
-            and (state := faces.get((record.study_id, contrast))) is not None
-            and (any_face or state in FACELESS)
-        ]
-        pictures = []
-        for index in _spread(fitting, store.records):
-            try:
-                pictures.append(_picture(store, index, contrast))
-            except ShardError as error:
-                logger.warning("a picture is left out of the report: %s", error)
-        if pictures:
-            found[contrast] = pictures
-    return found
+    records = store.records
+    looked_at = range(0, len(records), -(-len(records) // MAX_LOOKED_AT))
+    fitting: dict[str, dict[str, list[int]]] = {name: {} for name in contrasts}
+    for index in looked_at:
+        record = records[index]
+        for contrast in set(record.contrasts) & set(contrasts):
+            state = faces.get((record.study_id, contrast))
+            if state is not None and (any_face or state in FACELESS):
+                fitting[contrast].setdefault(record.dataset, []).append(index)
+    found = {name: _pictures(store, _spread(fitting[name]), name) for name in contrasts}
+    return {name: pictures for name, pictures in found.items() if pictures}
 
 
-def _spread(indices: Sequence[int], records: Sequence[StudyRecord]) -> list[int]:
-    """Choose a few studies, of as many datasets as possible, evenly over each."""
-    by_dataset: dict[str, list[int]] = {}
+def _pictures(store: StudyStore, indices: Sequence[int], contrast: str) -> list[Picture]:
+    pictures = []
     for index in indices:
-        by_dataset.setdefault(records[index].dataset, []).append(index)
+        try:
+            pictures.append(_picture(store, index, contrast))
+        except ShardError as error:
+            logger.warning("a picture is left out of the report: %s", error)
+    return pictures
+
+
+def _spread(by_dataset: Mapping[str, Sequence[int]]) -> list[int]:
+    """Choose a few studies, of as many datasets as possible, evenly over each."""
     chosen: list[int] = []
-    names = sorted(by_dataset)
     for turn in range(MAX_STUDIES):
-        for name in names:
-            if len(chosen) == MAX_STUDIES:
-                return sorted(chosen)
+        for name in sorted(by_dataset):
             own = by_dataset[name]
             place = own[turn * len(own) // MAX_STUDIES]
-            if place not in chosen:
+            if place not in chosen and len(chosen) < MAX_STUDIES:
                 chosen.append(place)
     return sorted(chosen)
 
