@@ -46,6 +46,8 @@ class BlockStack:
     width: int
     depth: int
     token_share: float = 1.0
+    context_share: float | None = None
+    """Which share of the tokens they attend to; None for the tokens they see."""
     mlp_ratio: float = 4.0
 
 
@@ -63,7 +65,8 @@ def flops_cost(stacks: Sequence[BlockStack], *, per_token: float = 0.0) -> CostM
     for stack in stacks:
         per_layer = (8 + 4 * stack.mlp_ratio) * stack.width**2
         linear += stack.depth * per_layer * stack.token_share
-        quadratic += stack.depth * 4 * stack.width * stack.token_share**2
+        context = stack.token_share if stack.context_share is None else stack.context_share
+        quadratic += stack.depth * 4 * stack.width * stack.token_share * context
     return CostModel(linear=linear, quadratic=quadratic)
 
 

@@ -259,7 +259,10 @@ def _fill_last_step(
     spread = spread_evenly(lengths_N[rest], costs_N[rest], pack_tokens, packs_per_step)
     if spread is None:
         spread = split_packs(pack_N[rest], lengths_N[rest], packs_per_step)
-    pack_N[rest] = num_dealt + spread
+    by_cost = np.argsort(np.bincount(spread, weights=costs_N[rest]), kind="stable")
+    number = np.empty(packs_per_step, dtype=np.int64)
+    number[by_cost[_spread_order(packs_per_step)]] = np.arange(packs_per_step)
+    pack_N[rest] = num_dealt + number[spread]
     return np.empty(0, dtype=np.int64)
 
 
