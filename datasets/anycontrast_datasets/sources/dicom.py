@@ -6,7 +6,8 @@ Every file ends in a study or in the ledger; one converted volume stands for man
 header is read, and what becomes of it: `dicom_tags.KEPT_TAGS`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ def scan_dicom(
     yield from refused
     progress = _Progress(options.on_progress, len(locations))
     instances: list[Instance] = []
+    sidecars: dict[str, dict[str, object]] = {}
     for location in locations:
         read = read_instance(root, location, max_bytes=options.max_bytes)
         progress.add(1)
@@ -55,7 +57,9 @@ def scan_dicom(
             yield read
             progress.add(_PHASES - 1)
         else:
-            instances.append(read)
+            # The slices of a series share one sidecar; a million of their own take gigabytes.
+            shared = sidecars.setdefault(repr(read.sidecar), read.sidecar)
+            instances.append(replace(read, sidecar=shared))
     stacks: list[Stack] = []
     for found in find_stacks(instances):
         if isinstance(found, Stack):
@@ -88,6 +92,7 @@ def _convert_all(
     finally:
         executor.shutdown(cancel_futures=True)
     num_studies = 0
+    first_files = {location: files[0] for location, files in stands_for.items()}
     for found in build_studies(root, claims, replace(options, on_progress=None)):
         if isinstance(found, Study):
             num_studies += 1
@@ -96,16 +101,16 @@ def _convert_all(
         else:
             files = stands_for.pop(found.location)
             progress.add(len(files))
-            yield from _refuse_each(found, files)
+            reason = _name_series(found.reason, converter.folder, first_files)
+            yield from (replace(found, location=file, reason=reason) for file in files)
     if num_studies:
-        prune(converter, {Path(location) for location in stands_for})
+        prune(converter, {Path(location) for location in first_files})
 
 
-def _refuse_each(refusal: Refusal, files: Sequence[str]) -> Iterator[Refusal]:
-    """Refuse the files that a converted volume stands for, each by its own name."""
-    reason = refusal.reason.replace(refusal.location, "the converted series")
-    for location in files:
-        yield replace(refusal, location=location, reason=reason)
+def _name_series(reason: str, folder: Path, first_files: Mapping[str, str]) -> str:
+    """Name the converted volumes in a reason by the first file of their series."""
+    paths = re.compile(rf"{re.escape(str(folder))}/[a-z0-9_-]+/[a-z0-9]+\.nii\.gz")
+    return paths.sub(lambda match: f"the series of {first_files[match.group()]}", reason)
 
 
 def claim_stack(

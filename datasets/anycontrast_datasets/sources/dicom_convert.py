@@ -111,7 +111,7 @@ def convert(stack: Stack, study_id: str, root: Path, converter: Converter) -> Pa
 
 
 def prune(converter: Converter, used: set[Path]) -> None:
-    """Remove volumes of earlier scans that this one did not use: their series changed or went."""
+    """Remove volumes of earlier scans without a series in this one: it changed, or went."""
     for study in [path for path in converter.folder.iterdir() if path.is_dir()]:
         for path in [p for p in study.iterdir() if p.name.endswith(".nii.gz") and p not in used]:
             _digest_path(path).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ Source: DICOM PS3.3 C.7.6.2 (plane), C.7.6.16 (functional groups).
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from anycontrast_datasets.sources import dicom_values as values
@@ -51,8 +52,8 @@ def _classic_frame(dataset: "Dataset") -> Frame:
     b_value = values.believed(values.number(dataset, "DiffusionBValue"))
     return Frame(
         position_mm=values.numbers(dataset, "ImagePositionPatient", 3) or None,
-        orientation=values.numbers(dataset, "ImageOrientationPatient", 6) or None,
-        spacing_mm=values.numbers(dataset, "PixelSpacing", 2) or None,
+        orientation=_one_of_equals(values.numbers(dataset, "ImageOrientationPatient", 6)) or None,
+        spacing_mm=_one_of_equals(values.numbers(dataset, "PixelSpacing", 2)) or None,
         te_s=_seconds(values.number(dataset, "EchoTime")),
         b_value=values.private_b_value(dataset) if b_value is None else b_value,
     )
@@ -70,11 +71,17 @@ def _enhanced_frame(groups: tuple["Dataset | None", ...]) -> Frame:
     b_value = take("MRDiffusionSequence", "DiffusionBValue")
     return Frame(
         position_mm=position if len(position) == 3 else None,
-        orientation=orientation if len(orientation) == 6 else None,
-        spacing_mm=spacing if len(spacing) == 2 else None,
+        orientation=_one_of_equals(orientation) if len(orientation) == 6 else None,
+        spacing_mm=_one_of_equals(spacing) if len(spacing) == 2 else None,
         te_s=_seconds(te_ms[0] if te_ms else None),
         b_value=values.believed(b_value[0] if b_value else None),
     )
+
+
+@lru_cache(maxsize=4096)
+def _one_of_equals(found: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the first equal tuple: a million slices share a few thousand directions."""
+    return found
 
 
 def _seconds(value_ms: float | None) -> float | None:

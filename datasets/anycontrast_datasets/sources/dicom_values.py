@@ -9,6 +9,7 @@ Source: DICOM PS3.3 C.7.6.16 (functional groups), C.8.3.1 and C.8.13 (MR).
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ def text(dataset: "Dataset", keyword: str) -> str:
         return ""
     parts = value if _is_multiple(value) else [value]
     joined = "\\".join(str(part) for part in parts)
-    return joined.strip(" \0")[:MAX_TEXT]
+    # Interned: a million slices repeat the texts of a few thousand series.
+    return sys.intern(joined.strip(" \0")[:MAX_TEXT])
 
 
 def number(dataset: "Dataset", keyword: str) -> float | None:
