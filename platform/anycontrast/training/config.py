@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from anycontrast.data_stages import CroissantConfig, ReportConfig
 from anycontrast.evaluation.evaluate import EvaluateConfig
@@ -28,6 +28,8 @@ from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.scan import ScanConfig
 from anycontrast_datasets.shard import ShardConfig
 from anycontrast_datasets.store.zarr_config import ZarrConfig
+
+_Options = TypeVar("_Options")
 
 _WHEREABOUTS = (
     "root",
@@ -166,9 +168,21 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         if "=" not in word:
             raise ConfigError(f"command line: expected key=value, got {word!r}")
         merged = _merge(merged, _read_word(word), f"command line {word!r}")
-    config = _to_object(merged, str(path) if path is not None else "command line")
+    config: Config = _to_object(merged, str(path) if path is not None else "command line")
     check_compatible(config)
     return config
+
+
+def load_options(kind: type[_Options], overrides: Sequence[str]) -> _Options:
+    """Build one dataclass of options from `key=value` words, with the checks of `load_config`."""
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.structured(kind)
+    for word in overrides:
+        merged = _merge(merged, _read_word(word), f"command line {word!r}")
+    options = _to_object(merged, "command line")
+    assert isinstance(options, kind)
+    return options
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -195,7 +209,7 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
 
     where = "stored configuration"
     merged = _merge(OmegaConf.structured(Config), OmegaConf.create(dict(values)), where)
-    config = _to_object(merged, where)
+    config: Config = _to_object(merged, where)
     check_compatible(config)
     return config
 
@@ -295,18 +309,16 @@ def _refuse_resolvers(value: Any, where: str, key: str = "") -> None:
         )
 
 
-def _to_object(merged: Any, where: str) -> Config:
+def _to_object(merged: Any, where: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_object(merged)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, where)) from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from error
-    assert isinstance(config, Config)
-    return config
 
 
 def _explain(error: Exception, where: str) -> str:
