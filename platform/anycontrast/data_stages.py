@@ -4,7 +4,7 @@ Like `stages`: each takes the run's configuration and returns a small JSON resul
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,43 @@ def report(config: "Config", manifest: Path | None = None) -> dict[str, Any]:
     )
     logger.info("report of the data set in %s", out)
     return result
+
+
+def withdraw(config: "Config", subject: str) -> dict[str, Any]:
+    """Remove a subject from the run's manifest and shards, for good.
+
+    Args:
+        config: Of the run.
+        subject: Pseudonym, or id in the source.
+
+    Raises:
+        ManifestError: there is no such subject.
+        ShardError: another process writes the shards.
+    """
+    from anycontrast_datasets.withdraw import withdraw_subject
+
+    key = config.scan.pseudonym_key_file
+    summary = withdraw_subject(
+        config.paths.manifest,
+        config.paths.shards,
+        subject,
+        checkpoints_dirs=(config.paths.pretrain, config.paths.finetune),
+        key_file=None if key is None else Path(key),
+    )
+    return asdict(summary)
+
+
+def plan(config: "Config") -> tuple[dict[str, Any], str]:
+    """Work out what pretraining on the run's manifest will need, as numbers and as text.
+
+    Raises:
+        ManifestError: there is no usable manifest, or nothing to serve.
+    """
+    from anycontrast.plan_text import render
+    from anycontrast.planning import run_plan
+
+    result = run_plan(config, config.plan)
+    return result, render(result)
 
 
 def croissant(config: "Config") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 
@@ -117,6 +118,59 @@ def _report(words: list[str], overrides: list[str]) -> object:
     return report(load_config(path if is_config else None, overrides), None if is_config else path)
 
 
+def _withdraw(words: list[str], overrides: list[str]) -> object:
+    if not words:
+        raise UsageError("expected SUBJECT, got nothing")
+    path = _config_file(words[1:])
+    from anycontrast.data_stages import withdraw
+    from anycontrast.training.config import load_config
+
+    return withdraw(load_config(path, overrides), words[0])
+
+
+def _plan(words: list[str], overrides: list[str]) -> object:
+    path = _config_file(words)
+    from anycontrast.data_stages import plan
+    from anycontrast.training.config import load_config
+
+    overrides, as_json = _take_json(overrides)
+    result, text = plan(load_config(path, overrides))
+    print(json.dumps(result, default=str) if as_json else text)
+    return None
+
+
+def _bench(words: list[str], overrides: list[str]) -> object:
+    (name,) = _words(words, "NAME")
+    if name not in BENCHES:
+        raise UsageError(f"no benchmark {name!r}; there are {', '.join(BENCHES)}")
+    from anycontrast.training.config import load_options
+
+    overrides, as_json = _take_json(overrides)
+    module = import_module(f"anycontrast.bench.{name}")
+    result = module.run(load_options(getattr(module, BENCHES[name]), overrides))
+    if not as_json:
+        return result
+    print(json.dumps(result, default=str))
+    return None
+
+
+def _take_json(overrides: list[str]) -> tuple[list[str], bool]:
+    """Take `json=true` out of the settings: the result is then one line."""
+    rest = [word for word in overrides if not word.startswith("json=")]
+    asked = [word.partition("=")[2] for word in overrides if word.startswith("json=")]
+    if any(value not in {"true", "false"} for value in asked):
+        raise UsageError(f"json must be true or false, got {asked[-1]!r}")
+    return rest, asked[-1:] == ["true"]
+
+
+BENCHES = {
+    "data": "DataBenchConfig",
+    "codecs": "CodecsBenchConfig",
+    "manifest": "ManifestBenchConfig",
+    "sharding": "ShardingBenchConfig",
+}
+"""Name of a benchmark -> its options in the module of that name."""
+
 _RUN = "[CONFIG] [key=value ...]"
 VERBS = {
     "scan": Verb(_RUN, "source studies -> manifest and ledger", _stage("scan"), ("scan",)),
@@ -128,10 +182,16 @@ VERBS = {
         _report,
         ("report",),
     ),
+    "plan": Verb(
+        _RUN, "tokens, memory, disk, steps and hours, before anything runs", _plan, ("plan",)
+    ),
     "croissant": Verb(
         _RUN, "describe a data set for catalogues", _data_stage("croissant"), ("croissant",)
     ),
     "zarr": Verb(_RUN, "shards -> Zarr store with OME-NGFF images", _data_stage("zarr"), ("zarr",)),
+    "withdraw": Verb(
+        "SUBJECT [CONFIG] [key=value ...]", "remove a subject from manifest and shards", _withdraw
+    ),
     "pretrain": Verb(
         _RUN,
         "shards -> pretrained encoder",
@@ -149,4 +209,5 @@ VERBS = {
         _predict,
         ("predict",),
     ),
+    "bench": Verb(f"{' | '.join(BENCHES)} [key=value ...]", "measure here, in one run", _bench),
 }

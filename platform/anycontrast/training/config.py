@@ -18,6 +18,7 @@ from anycontrast.data_stages import CroissantConfig, ReportConfig
 from anycontrast.evaluation.evaluate import EvaluateConfig
 from anycontrast.models.amae import AMAEConfig
 from anycontrast.models.masking import MaskingConfig
+from anycontrast.planning import PlanConfig
 from anycontrast.release.export import ExportConfig
 from anycontrast.release.hub import PullConfig
 from anycontrast.release.predict import PredictConfig
@@ -123,6 +124,7 @@ class Config:
     zarr: ZarrConfig = field(default_factory=ZarrConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     croissant: CroissantConfig = field(default_factory=CroissantConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     model: AMAEConfig = field(default_factory=AMAEConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
