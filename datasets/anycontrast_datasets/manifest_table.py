@@ -15,7 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from anycontrast_datasets.contrast import CONTRAST_NAMES, UnknownContrastError, contrast_id
+from anycontrast_datasets.contrast import (
+    CONTRAST_NAMES,
+    NUM_CONTRAST_IDS,
+    UnknownContrastError,
+    contrast_id,
+)
 from anycontrast_datasets.manifest_file import ColumnHashes, VerifiedFile, fingerprint_of
 from anycontrast_datasets.manifest_rows import contrast_set, studies_to_table, table_to_studies
 from anycontrast_datasets.manifest_schema import SCHEMA, VOLUME
@@ -215,9 +220,12 @@ class ManifestTable:
             raise ManifestError(
                 f"reading {self.name}: study ids must be unique and ascending; scan again"
             )
-        bits = np.uint64(1) << self.volumes.contrast_id.astype(np.uint64)
+        bit = np.uint64(1) << np.arange(NUM_CONTRAST_IDS, dtype=np.uint64)
+        has_volumes = self.num_volumes > 0
         found = np.zeros(len(self), dtype=np.uint64)
-        np.bitwise_or.at(found, self.volumes.study_row, bits)
+        if has_volumes.any():
+            firsts = self._volume_bounds[:-1][has_volumes]
+            found[has_volumes] = np.bitwise_or.reduceat(bit[self.volumes.contrast_id], firsts)
         if not np.array_equal(found, self.contrast_sets):
             row = int(np.flatnonzero(found != self.contrast_sets)[0])
             raise ManifestError(
