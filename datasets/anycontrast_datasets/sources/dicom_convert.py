@@ -27,7 +27,7 @@ import numpy.typing as npt
 from anycontrast_datasets.files import sha256_file, write_atomically
 from anycontrast_datasets.sources.dicom_series import Stack
 from anycontrast_datasets.study import ManifestError, VolumeError
-from anycontrast_datasets.volume import read_volume, write_volume
+from anycontrast_datasets.volume import LoadedVolume, read_volume, write_volume
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ TIMEOUT_S = 600.0
 _RECIPE = "1"
 _WORK_PREFIX = ".work-"
 _NAME_CHARS = 32
+_MAX_OFFSET_VOX = 0.25
 _MEMORY_BYTES = 8 * 2**30
 # No sidecar, no compression, a neutral name, one output per folder, no defaults file.
 _OPTIONS = ("-b", "n", "-z", "n", "-f", "v", "-m", "y", "-x", "i", "-w", "1", "-g", "i", "-d", "0")
@@ -104,6 +105,7 @@ def convert(stack: Stack, study_id: str, root: Path, converter: Converter) -> Pa
             raise VolumeError(
                 str(error).replace(str(made), "the converted series"), code=error.code
             ) from None
+    _check_places(stack, loaded)
     write_volume(target, _smallest(loaded.array), loaded.affine)
     target.chmod(0o600)
     write_atomically(_digest_path(target), sha256_file(target).encode(), mode=0o600)
@@ -118,6 +120,34 @@ def prune(converter: Converter, used: set[Path]) -> None:
             path.unlink()
         with contextlib.suppress(OSError):
             study.rmdir()
+
+
+def _check_places(stack: Stack, loaded: LoadedVolume) -> None:
+    """Compare the volume with what the headers say of every slice, without the converter.
+
+    The first pixel of each slice must be the same corner of the volume, one slice further along.
+    """
+    first = stack.instances[0]
+    if "MOSAIC" in first.image_type:
+        return
+    frames = [frame for instance in stack.instances for frame in instance.frames]
+    lps_mm = np.array([frame.position_mm for frame in frames], dtype=np.float64)
+    ras_mm = np.column_stack([lps_mm * (-1, -1, 1), np.ones(len(frames))])
+    exact = (ras_mm @ np.linalg.inv(loaded.affine).T)[:, :3]
+    index = np.rint(exact).astype(np.int64)
+    axis = int(np.ptp(index, axis=0).argmax())
+    across = [a for a in range(3) if a != axis]
+    corner = index[0, across]
+    size = np.array(loaded.array.shape)[across]
+    fits = (
+        np.abs(exact - index).max() < _MAX_OFFSET_VOX
+        and np.array_equal(np.sort(index[:, axis]), np.arange(loaded.array.shape[axis]))
+        and bool(np.all(index[:, across] == corner))
+        and bool(np.all((corner == 0) | (corner == size - 1)))
+        and sorted(size.tolist()) == sorted((first.rows, first.columns))
+    )
+    if not fits:
+        raise _failure("the volume made of it does not lie where its slices do")
 
 
 def _content_name(stack: Stack, converter: Converter) -> str:

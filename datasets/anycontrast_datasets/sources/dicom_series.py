@@ -162,7 +162,7 @@ def _fault(
         return ("", "") if len(stack) == 1 else ("not_3d", f"{len(stack)} volumes as mosaics")
     frames = [frame for instance in stack for frame in instance.frames]
     if len({_contrast_key(frame) for frame in frames}) > 1:
-        return "not_3d", "one file holds images of several echoes or b-values"
+        return "not_3d", "one file holds several echoes or b-values; export it as classic images"
     return _fault_of_places(frames)
 
 
