@@ -80,7 +80,11 @@ def test_array_metadata_is_what_zarr_python_writes(nodes: dict[str, dict[str, An
             fill_value=fill,
             compressors=[
                 BloscCodec(
-                    cname="zstd", clevel=5, shuffle="shuffle", typesize=np.dtype(dtype).itemsize
+                    cname="zstd",
+                    clevel=5,
+                    shuffle="shuffle",
+                    typesize=np.dtype(dtype).itemsize,
+                    blocksize=2**20,
                 ),
                 Crc32cCodec(),
             ],

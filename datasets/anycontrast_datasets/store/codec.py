@@ -19,6 +19,8 @@ from numcodecs import blosc
 CodecName = Literal["zstd", "lz4"]
 Codes = npt.NDArray[np.int16] | npt.NDArray[np.uint8]
 
+BLOCK_BYTES = 2**20
+"""Of a frame; blosc's own choice, a quarter of it, takes 13 % longer to decode at zstd-5."""
 HEADER_BYTES = 16
 """Blosc header: version, format, flags, type size, then three little-endian uint32."""
 
@@ -41,7 +43,7 @@ def encode(array: Codes, *, name: CodecName = "zstd", level: int = 5) -> bytes:
             f"encode: needs a C-contiguous array of at most {blosc.MAX_BUFFERSIZE} bytes, "
             f"got strides {array.strides} and {array.nbytes} bytes"
         )
-    frame: bytes = blosc.compress(array, name.encode(), level, blosc.SHUFFLE)
+    frame: bytes = blosc.compress(array, name.encode(), level, blosc.SHUFFLE, BLOCK_BYTES)
     return frame
 
 

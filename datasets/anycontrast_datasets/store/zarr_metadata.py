@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anycontrast_datasets.record_json import record_to_json
-from anycontrast_datasets.store.codec import CodecName
+from anycontrast_datasets.store.codec import BLOCK_BYTES, CodecName
 from anycontrast_datasets.store.partial import Vox3
 from anycontrast_datasets.study import StudyRecord, VolumeRecord
 
@@ -175,7 +175,7 @@ def _array(layout: ArrayLayout) -> dict[str, Any]:
         "cname": layout.codec,
         "clevel": layout.level,
         "shuffle": "shuffle",
-        "blocksize": 0,
+        "blocksize": BLOCK_BYTES,
     }
     sharding = {
         "chunk_shape": list(layout.chunk),
