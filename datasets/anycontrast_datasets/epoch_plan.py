@@ -101,6 +101,7 @@ def plan_epoch(
     pack_tokens: int,
     packs_per_step: int,
     pool_studies: int,
+    copies: int = 1,
     cost: CostModel = DEFAULT_COST,
     seed: int = 0,
     epoch: int = 0,
@@ -113,6 +114,7 @@ def plan_epoch(
         pack_tokens: Most tokens of a pack.
         packs_per_step: Packs of a step, over all ranks.
         pool_studies: Studies that are packed together.
+        copies: Times each study goes into its pack, every copy attending to itself alone.
         cost: What balance is measured by.
         seed: Seed of the run: of the order of the steps.
         epoch: Number of the epoch.
@@ -122,8 +124,9 @@ def plan_epoch(
         ValueError: a study is larger than a pack, or there are fewer studies than packs in a step.
     """
     lengths_N = np.ceil(np.asarray(tokens_N, dtype=np.float64)).astype(np.int64)
-    _check(lengths_N, pack_tokens, packs_per_step, pool_studies, name)
     costs_N = _integer_costs(lengths_N, cost)
+    lengths_N = lengths_N * copies
+    _check(lengths_N, pack_tokens, packs_per_step, pool_studies, name)
     pack_N = pack_pools(lengths_N, pack_tokens, pool_studies)
     order = _deal(pack_N, lengths_N, costs_N, packs_per_step, seed, epoch)
     # Packs are numbered anew: first those dealt, in the order served, then those left.
@@ -136,8 +139,15 @@ def plan_epoch(
     return _to_plan(pack_N, left_over, lengths_N, costs_N, pack_tokens, packs_per_step)
 
 
-def simulate(plan: EpochPlan, world_size: int) -> PlanStats:
+def simulate(
+    plan: EpochPlan, world_size: int, *, costs_N: npt.NDArray[np.float64] | None = None
+) -> PlanStats:
     """Return fill and balance of a plan on so many ranks.
+
+    Args:
+        plan: The plan.
+        world_size: Ranks that share each step.
+        costs_N: What each position of the epoch really costs; None takes what was planned by.
 
     Raises:
         ValueError: the packs of a step cannot be shared out evenly.
@@ -147,7 +157,10 @@ def simulate(plan: EpochPlan, world_size: int) -> PlanStats:
             f"simulating {world_size} ranks: packs_per_step must be a multiple of the ranks, "
             f"got {plan.packs_per_step}"
         )
-    ranks = plan.costs.reshape(plan.num_steps, world_size, -1).sum(axis=2)
+    costs = plan.costs.astype(np.float64)
+    if costs_N is not None:
+        costs = np.add.reduceat(costs_N[plan.positions], plan.pack_offsets[:-1])
+    ranks = costs.reshape(plan.num_steps, world_size, -1).sum(axis=2)
     dearest, mean = ranks.max(axis=1), ranks.mean(axis=1)
     ratio = dearest / mean
     return PlanStats(
@@ -203,7 +216,8 @@ def _check(
 
 def _integer_costs(lengths_N: Ints, cost: CostModel) -> Ints:
     costs = cost(lengths_N)
-    units: Ints = np.maximum(np.rint(costs / costs.max() * _COST_UNITS), 1).astype(np.int64)
+    largest = max(costs.max(initial=0.0), np.finfo(np.float64).tiny)
+    units: Ints = np.maximum(np.rint(costs / largest * _COST_UNITS), 1).astype(np.int64)
     return units
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anycontrast_datasets.cost import DEFAULT_COST, CostModel
+from anycontrast_datasets.cost import CostModel
 from anycontrast_datasets.epoch_plan import PlanStats, plan_epoch, simulate
 from anycontrast_datasets.mixing import strata, study_weights
 from anycontrast_datasets.order import StudyOrder
@@ -89,22 +89,30 @@ def plan_ranks(
     world_sizes: Sequence[int],
     *,
     seed: int,
-    cost: CostModel = DEFAULT_COST,
+    cost: CostModel,
 ) -> list[RankPlan]:
     """Plan the first epoch for every number of ranks.
+
+    Args:
+        sizes: The studies.
+        stream: How they are served; packs are balanced by its `cost`.
+        world_sizes: Numbers of ranks.
+        seed: Seed of the run.
+        cost: What the studies really cost, for the balance that is reported.
 
     Raises:
         ValueError: a study is larger than a pack, or there are fewer studies than packs.
     """
     order = _order(sizes, stream, seed)
-    tokens = sizes.tokens_N[order] * stream.draws_per_study
+    tokens = sizes.tokens_N[order]
+    costs = cost(tokens) * stream.draws_per_study
     plans = {}
     found = []
     for world_size in world_sizes:
         shares = stream.packs_per_step % world_size == 0
         packs = stream.packs_per_step if shares else world_size
         if stream.pack_tokens is None:
-            found.append(_count_plan(tokens, stream, packs, world_size, cost))
+            found.append(_count_plan(tokens, costs, stream, packs, world_size))
             continue
         if packs not in plans:
             plans[packs] = plan_epoch(
@@ -112,7 +120,8 @@ def plan_ranks(
                 pack_tokens=stream.pack_tokens,
                 packs_per_step=packs,
                 pool_studies=stream.pool_studies,
-                cost=cost,
+                copies=stream.draws_per_study,
+                cost=stream.cost,
                 seed=seed,
                 name=lambda place: str(sizes.study_ids[int(order[place])]),
             )
@@ -121,7 +130,7 @@ def plan_ranks(
             RankPlan(
                 packs_per_step=packs,
                 studies_per_step=len(plan.positions) / plan.num_steps,
-                stats=simulate(plan, world_size),
+                stats=simulate(plan, world_size, costs_N=costs),
             )
         )
     return found
@@ -187,11 +196,7 @@ def _order(sizes: StudySizes, stream: StreamConfig, seed: int) -> Ints:
 
 
 def _count_plan(
-    tokens: Floats,
-    stream: StreamConfig,
-    packs: int,
-    world_size: int,
-    cost: CostModel,
+    tokens: Floats, costs: Floats, stream: StreamConfig, packs: int, world_size: int
 ) -> RankPlan:
     """Simulate steps of a fixed number of studies, shared out as `step_plan.CountPlanner` does."""
     per_step = max(packs, round(stream.studies_per_step * packs / stream.packs_per_step))
@@ -200,11 +205,10 @@ def _count_plan(
             f"planning {world_size} ranks: a step takes {per_step} studies, the epoch has "
             f"{len(tokens)}"
         )
-    costs = cost(tokens)
     ranks, filled = [], []
     for step in range(min(len(tokens) // per_step, MAX_SIMULATED_STEPS)):
         own = slice(step * per_step, (step + 1) * per_step)
-        groups = assign_packs(costs[own].tolist(), packs)
+        groups = assign_packs(stream.cost(tokens[own]).tolist(), packs)
         ranks.append([costs[own][group].sum() for group in groups])
         filled.append([tokens[own][group].sum() for group in groups])
     loads = np.array(ranks).reshape(len(ranks), world_size, -1).sum(axis=2)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from anycontrast_datasets.augment import choose_contrasts
 from anycontrast_datasets.mixing import strata, study_weights
 from anycontrast_datasets.order import StudyOrder, study_rng
-from anycontrast_datasets.pack import assign_packs, estimate_tokens, study_cost
+from anycontrast_datasets.pack import assign_packs, estimate_tokens
 from anycontrast_datasets.selection import Selection
 from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.stream_config import StreamConfig
@@ -170,6 +170,7 @@ class CountPlanner:
         self._order = servings.order
         self._studies_per_step = config.studies_per_step
         self._num_packs = config.packs_per_step
+        self._cost = config.cost
 
     @property
     def steps_per_epoch(self) -> float:
@@ -201,8 +202,8 @@ class CountPlanner:
     def _share(self, servings: Sequence[Serving]) -> tuple[tuple[Serving, ...], ...]:
         if self._num_packs == 1:
             return (tuple(servings),)
-        costs = [s.num_draws * study_cost(self._servings.tokens(s)) for s in servings]
-        packs = assign_packs(costs, self._num_packs)
+        costs = self._cost([self._servings.tokens(serving) for serving in servings])
+        packs = assign_packs(costs.tolist(), self._num_packs)
         return tuple(tuple(servings[i] for i in pack) for pack in packs)
 
     def places_before(self, cursor: Cursor) -> int:

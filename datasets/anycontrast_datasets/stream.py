@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # What does not change which packs are served, or only as far as damaged bytes do.
 _TUNING = ("num_threads", "prefetch_steps", "on_corrupt", "max_corrupt_fraction")
 # States written before these existed are of streams that behaved like the defaults.
-_LATER = ("mixing", "pack_tokens", "pool_studies", "draws_per_study")
+_LATER = ("mixing", "pack_tokens", "pool_studies", "cost", "draws_per_study")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from anycontrast_datasets.contrast import contrast_id
+from anycontrast_datasets.cost import CostModel
 from anycontrast_datasets.mixing import MixingConfig
 from anycontrast_datasets.study import SPLITS
 
@@ -42,6 +43,9 @@ class StreamConfig:
     pool_studies: int = 2048
     """Studies among which packs are filled, where `pack_tokens` is set; larger fills better and
     keeps less of the random order."""
+    cost: CostModel = field(default_factory=CostModel)
+    """What packs and ranks are balanced by; `anycontrast plan` says what fits the model, and
+    measures it with `plan.fit=true`."""
     draws_per_study: int = 1
     """Times every study that is read goes into its pack, each time with a mask and an augmentation
     of its own: reading is paid for once (repeated sampling, arXiv 2205.09113, section 3)."""

@@ -105,10 +105,12 @@ class TokenPlanner:
             order = self._order.epoch(epoch)
             tokens = self._servings.epoch_tokens(epoch, order.study_N, order.repeat_N)
             self._plans[epoch] = plan_epoch(
-                tokens * self._config.draws_per_study,
+                tokens,
                 pack_tokens=self._pack_tokens,
                 packs_per_step=self._config.packs_per_step,
                 pool_studies=self._config.pool_studies,
+                copies=self._config.draws_per_study,
+                cost=self._config.cost,
                 seed=self._seed,
                 epoch=epoch,
                 name=lambda place: self._serving(epoch, place).record.study_id,
