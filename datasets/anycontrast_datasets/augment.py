@@ -59,7 +59,7 @@ def augment_study(
 
 def flip_study(view: StudyView, axes: Sequence[int], rng: np.random.Generator) -> StudyView:
     """Flip each of `axes` with probability 1/2; positions are mirrored about the box centre."""
-    flipped = [axis for axis in axes if rng.random() < 0.5]
+    flipped = choose_flips(axes, rng)
     if not flipped:
         return view
     origin = list(view.origin_vox)
@@ -68,6 +68,11 @@ def flip_study(view: StudyView, axes: Sequence[int], rng: np.random.Generator) -
     step = tuple(slice(None, None, -1 if axis in flipped else None) for axis in range(3))
     arrays = _map_arrays(view.arrays, lambda array: array[step])
     return StudyView(arrays, (origin[0], origin[1], origin[2]))
+
+
+def choose_flips(axes: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
+    """Draw the axes to flip, each of `axes` with probability 1/2."""
+    return tuple(axis for axis in axes if rng.random() < 0.5)
 
 
 def crop_study(

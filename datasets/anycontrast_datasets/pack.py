@@ -11,9 +11,7 @@ Letters: L patches of a volume, N kept ones, P voxels per patch, XYZ voxels alon
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, reduce
-from itertools import accumulate
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -22,42 +20,16 @@ from torch import Tensor
 
 from anycontrast_datasets.augment import StudyView
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_datasets.contrast import contrast_id
+from anycontrast_datasets.cost import DEFAULT_COST
 from anycontrast_datasets.intensity import BLOCK_VOX, unpack_occupancy
-from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
+from anycontrast_datasets.pack_tables import StudyTokens, packed_batch
+from anycontrast_datasets.store.partial import gather_patches, patch_grid
+from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord
+
+Vox3 = tuple[int, int, int]
 
 MIN_PATCHES = 2
 """Kept per volume even when empty: one to see, one to hide."""
-
-LINEAR_COST = 1.0
-QUADRATIC_COST = 1.0 / (6 * 768)
-"""Cost of a study of L tokens = LINEAR_COST * L + QUADRATIC_COST * L^2.
-
-An estimate, not a fit: a transformer block of width D spends 24 D^2 operations a token on its
-projections and 4 D L on attention, hence a quadratic share of 1 / (6 D); D = 768 is ViT-B.
-"""
-
-
-@dataclass(frozen=True)
-class _VolumeTokens:
-    record: VolumeRecord
-    codes_XYZ: npt.NDArray[np.int16]
-    """C-contiguous, padded up to whole patches."""
-    kept_N: npt.NDArray[np.int64]
-    """Flat C-order indices into the patch grid, ascending."""
-
-
-@dataclass(frozen=True)
-class _StudyTokens:
-    record: StudyRecord
-    patch_grid: tuple[int, int, int]
-    origin_vox: tuple[int, int, int]
-    volumes: tuple[_VolumeTokens, ...]
-    label: Tensor | None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(volume.kept_N) for volume in self.volumes)
 
 
 def pack_studies(
@@ -92,31 +64,16 @@ def pack_studies(
         raise ValueError(f"pack: one epoch per study, got {len(epochs)} for {len(studies)} studies")
     if len(patch_vox) != 3 or any(n < 1 for n in patch_vox):
         raise ValueError(f"pack: patch_vox must be three positive integers, got {patch_vox}")
-    parts = [_study_tokens(study, patch_vox, drop_empty, labels) for study in studies]
-    volumes = [volume for part in parts for volume in part.volumes]
-    lengths = tuple(part.num_tokens for part in parts)
-    volume_lengths = tuple(len(volume.kept_N) for volume in volumes)
-    grid_T3 = _grid_index(parts)
-    return PackedBatch(
-        codes_TP=torch.from_numpy(_gather_patches(volumes, patch_vox)),
-        volume_T=_repeat(volume_lengths),
-        position_mm_T3=torch.from_numpy(_position_mm(parts, grid_T3, patch_vox)),
-        grid_T3=torch.from_numpy(grid_T3),
-        intensity_V4=torch.tensor([v.record.intensity_map for v in volumes], dtype=torch.float32),
-        contrast_V=torch.tensor([contrast_id(v.record.contrast) for v in volumes]),
-        descriptor_VK=torch.from_numpy(np.stack([v.record.descriptor.vector() for v in volumes])),
-        study_V=_repeat([len(part.volumes) for part in parts]),
-        cu_seqlens=torch.tensor((0, *accumulate(lengths)), dtype=torch.int32),
-        lengths=lengths,
-        volume_lengths=volume_lengths,
-        study_ids=tuple(part.record.study_id for part in parts),
-        epochs=tuple(int(epoch) for epoch in epochs),
-        contrasts=tuple(tuple(v.record.contrast for v in part.volumes) for part in parts),
-        patch_grids=tuple(part.patch_grid for part in parts),
-        patch_vox=(patch_vox[0], patch_vox[1], patch_vox[2]),
-        spacing_mm=tuple(part.record.spacing_mm for part in parts),
-        labels=tuple(part.label for part in parts) if labels else (),
-    )
+    parts, codes = [], []
+    for study, epoch in zip(studies, epochs, strict=True):
+        view = study if isinstance(study, StudyView) else StudyView(study)
+        _check_shape(view, cropped=isinstance(study, StudyView))
+        padded, part = _study_tokens(view, patch_vox, int(epoch), drop_empty, labels)
+        codes += padded
+        parts.append(part)
+    kept = [kept_N for part in parts for kept_N in part.kept]
+    codes_TP = _gather(codes, kept, patch_vox)
+    return packed_batch(parts, codes_TP, patch_vox, labels=labels)
 
 
 def estimate_tokens(
@@ -149,7 +106,7 @@ def estimate_tokens(
 
 def study_cost(num_tokens: float) -> float:
     """Return the estimated cost of a study of `num_tokens` tokens, in tokens of linear work."""
-    return LINEAR_COST * num_tokens + QUADRATIC_COST * num_tokens**2
+    return float(DEFAULT_COST(num_tokens))
 
 
 def assign_packs(costs: Sequence[float], num_packs: int) -> list[list[int]]:
@@ -188,12 +145,29 @@ def assign_packs(costs: Sequence[float], num_packs: int) -> list[list[int]]:
 
 
 def _occupied_share(
-    record: StudyRecord, contrasts: Sequence[str], patch_vox: tuple[int, int, int]
+    record: StudyRecord, contrasts: Sequence[str], patch_vox: Vox3
 ) -> npt.NDArray[np.float64]:
     """Read from the occupancy bitmaps which share of a volume's patches holds foreground: [V]."""
+    bits = occupied_patches(record, contrasts, patch_vox)
+    share: npt.NDArray[np.float64] = bits.mean(axis=(1, 2, 3))
+    return share
+
+
+def occupied_patches(
+    record: StudyRecord, contrasts: Sequence[str], patch_vox: Vox3
+) -> npt.NDArray[np.bool_]:
+    """Read from the occupancy bitmaps which patches hold foreground: [V, I, J, K].
+
+    Exact where a patch is made of whole blocks; along other axes a single block stands for a
+    patch, and the grid is that of the blocks.
+
+    Args:
+        record: The stored study.
+        contrasts: Volumes wanted; the result is in the record's order.
+        patch_vox: Voxels of a patch along i, j, k.
+    """
     chosen = [volume for volume in record.volumes if volume.contrast in contrasts]
     blocks = [unpack_occupancy(volume.occupancy, record.shape) for volume in chosen]
-    # Blocks per patch; a patch that is no multiple of a block is judged by single blocks.
     merge = [max(p // BLOCK_VOX, 1) for p in patch_vox]
     whole = [-(-n // m) * m for n, m in zip(blocks[0].shape, merge, strict=True)]
     bits = np.zeros((len(chosen), *whole), dtype=np.bool_)
@@ -202,31 +176,32 @@ def _occupied_share(
     for axis, step in enumerate(merge, start=1):
         ahead = (slice(None),) * axis
         bits = reduce(np.logical_or, [bits[(*ahead, slice(i, None, step))] for i in range(step)])
-    share: npt.NDArray[np.float64] = bits.mean(axis=(1, 2, 3))
-    return share
+    return bits
 
 
 def _study_tokens(
-    study: StudyArrays | StudyView, patch_vox: tuple[int, int, int], drop_empty: bool, labels: bool
-) -> _StudyTokens:
-    view = study if isinstance(study, StudyView) else StudyView(study)
+    view: StudyView, patch_vox: Vox3, epoch: int, drop_empty: bool, labels: bool
+) -> tuple[list[npt.NDArray[np.int16]], StudyTokens]:
+    """Return the volumes, padded up to whole patches, and which patches of them are kept."""
     arrays, record = view.arrays, view.arrays.record
-    shape = _common_shape(view, cropped=isinstance(study, StudyView))
-    grid = tuple(-(-n // p) for n, p in zip(shape, patch_vox, strict=True))
+    grid = patch_grid(view.shape, patch_vox)
     padded = tuple(g * p for g, p in zip(grid, patch_vox, strict=True))
-    volumes = []
-    for volume in record.volumes:
-        if volume.contrast in arrays.codes:
-            codes = _pad_codes(arrays.codes[volume.contrast], padded)
-            kept = _occupied(codes, patch_vox) if drop_empty else np.arange(math.prod(grid))
-            volumes.append(_VolumeTokens(volume, codes, kept))
-    label = None
-    if labels and arrays.label is not None:
-        label = _pad_label(arrays.label, padded)
-    return _StudyTokens(record, (grid[0], grid[1], grid[2]), view.origin_vox, tuple(volumes), label)
+    volumes = tuple(volume for volume in record.volumes if volume.contrast in arrays.codes)
+    codes = [_pad_codes(arrays.codes[volume.contrast], padded) for volume in volumes]
+    every = np.arange(math.prod(grid))
+    part = StudyTokens(
+        record=record,
+        epoch=epoch,
+        patch_grid=grid,
+        origin_vox=view.origin_vox,
+        volumes=volumes,
+        kept=tuple(_occupied(c, patch_vox) if drop_empty else every for c in codes),
+        label=_pad_label(arrays.label, padded) if labels and arrays.label is not None else None,
+    )
+    return codes, part
 
 
-def _common_shape(view: StudyView, *, cropped: bool) -> tuple[int, ...]:
+def _check_shape(view: StudyView, *, cropped: bool) -> None:
     arrays, record = view.arrays, view.arrays.record
     unknown = sorted(set(arrays.codes) - set(record.contrasts))
     if not arrays.codes or unknown:
@@ -245,7 +220,6 @@ def _common_shape(view: StudyView, *, cropped: bool) -> tuple[int, ...]:
             f"study {record.study_id}: arrays are {shape}, the record says {record.shape}; "
             "wrap a part of a study in StudyView with its origin_vox"
         )
-    return shape
 
 
 def _pad_codes(codes: npt.NDArray[np.int16], shape: tuple[int, ...]) -> npt.NDArray[np.int16]:
@@ -276,62 +250,16 @@ def _occupied(codes: npt.NDArray[np.int16], patch: tuple[int, int, int]) -> npt.
     return np.sort(np.argsort(-sums, kind="stable")[:MIN_PATCHES])
 
 
-def _gather_patches(
-    volumes: Sequence[_VolumeTokens], patch: tuple[int, int, int]
+def _gather(
+    codes: Sequence[npt.NDArray[np.int16]],
+    kept: Sequence[npt.NDArray[np.int64]],
+    patch_vox: Vox3,
 ) -> npt.NDArray[np.int16]:
-    """Copy the kept patches of all volumes into one new [T, P] array, run by run along k."""
-    num_tokens = sum(len(volume.kept_N) for volume in volumes)
-    codes_TP = np.empty((num_tokens, math.prod(patch)), dtype=np.int16)
-    run = np.dtype(("V", 2 * patch[2]))
+    """Copy the kept patches of all volumes into one new [T, P] array."""
+    codes_TP = np.empty((sum(map(len, kept)), math.prod(patch_vox)), dtype=np.int16)
     start = 0
-    for volume in volumes:
-        stop = start + len(volume.kept_N)
-        first_N, inner_R = _run_index(volume.codes_XYZ.shape, patch)
-        np.take(
-            volume.codes_XYZ.view(run).reshape(-1),
-            first_N[volume.kept_N][:, None] + inner_R,
-            out=codes_TP[start:stop].view(run),
-            # The indices are in range by construction; `raise` would buffer the whole output.
-            mode="clip",
-        )
+    for codes_XYZ, kept_N in zip(codes, kept, strict=True):
+        stop = start + len(kept_N)
+        gather_patches(codes_XYZ, patch_vox, kept_N, codes_TP[start:stop])
         start = stop
     return codes_TP
-
-
-@lru_cache(maxsize=64)
-def _run_index(
-    shape: tuple[int, ...], patch: tuple[int, int, int]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Number the runs of a grid: first run of every patch [L], and runs within a patch [R]."""
-    x, y, z = (n // p for n, p in zip(shape, patch, strict=True))
-    rows = np.arange(x * patch[0] * y * patch[1] * z).reshape(x, patch[0], y, patch[1], z)
-    first = np.ascontiguousarray(rows[:, 0, :, 0, :]).reshape(-1)
-    inner = np.ascontiguousarray(rows[0, :, 0, :, 0]).reshape(-1)
-    return first, inner
-
-
-def _grid_index(parts: Sequence[_StudyTokens]) -> npt.NDArray[np.int64]:
-    index = [
-        np.stack(np.unravel_index(volume.kept_N, part.patch_grid), axis=1)
-        for part in parts
-        for volume in part.volumes
-    ]
-    return np.concatenate(index).astype(np.int64, copy=False)
-
-
-def _position_mm(
-    parts: Sequence[_StudyTokens], grid_T3: npt.NDArray[np.int64], patch: tuple[int, int, int]
-) -> npt.NDArray[np.float32]:
-    lengths = [part.num_tokens for part in parts]
-    origin_S3 = np.array([part.origin_vox for part in parts], dtype=np.float64)
-    centre_S3 = np.array([part.record.shape for part in parts], dtype=np.float64) / 2
-    spacing_S3 = np.array([part.record.spacing_mm for part in parts], dtype=np.float64)
-    shift_T3 = np.repeat(origin_S3 - centre_S3, lengths, axis=0)
-    voxel_T3 = (grid_T3 + 0.5) * np.array(patch, dtype=np.float64) + shift_T3
-    position: npt.NDArray[np.float64] = voxel_T3 * np.repeat(spacing_S3, lengths, axis=0)
-    return position.astype(np.float32)
-
-
-def _repeat(counts: Sequence[int]) -> Tensor:
-    """Number rows 0, 1, ... and repeat each by its count: [sum(counts)] int64."""
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

@@ -3,9 +3,9 @@
 Whoever streams studies knows only this protocol; the layout on disk is the store's own affair.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,20 @@ class StudyStore(Protocol):
 
     def close(self) -> None:
         """Release what is held open; reading again opens it again."""
+
+
+@runtime_checkable
+class SlabStore(Protocol):
+    """A store that can hand out a study's voxels while they are in the processor's cache."""
+
+    def slabs(
+        self, index: int, contrasts: Sequence[str], planes: int
+    ) -> Iterator[tuple[str, int, Codes]]:
+        """Yield `(contrast, first plane, [<= planes, Y, Z] int16)`, volume by volume.
+
+        Volumes come in stored order, their slabs along i from the first plane on. All may lie in
+        the same memory: use one before asking for the next.
+        """
 
 
 def open_store(location: Path | str, *, cache: CacheConfig | None = None) -> StudyStore:

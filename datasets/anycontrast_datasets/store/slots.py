@@ -43,10 +43,19 @@ def slot_array(
 
 
 def scratch_array(shape: Sequence[int]) -> npt.NDArray[np.int16]:
-    """Return [X, Y, Z] int16 of this thread; the next call in the thread hands it out again."""
+    """Return int16 memory of this thread; the next call in the thread hands it out again."""
     size = math.prod(shape)
-    buffer: npt.NDArray[np.int16] | None = getattr(_scratch, "buffer", None)
+    return _scratch_bytes("codes", 2 * size).view(np.int16).reshape(tuple(shape))
+
+
+def scratch_bytes(size: int) -> npt.NDArray[np.uint8]:
+    """Return other memory of this thread, for compressed bytes; handed out again likewise."""
+    return _scratch_bytes("bytes", size)
+
+
+def _scratch_bytes(name: str, size: int) -> npt.NDArray[np.uint8]:
+    buffer: npt.NDArray[np.uint8] | None = getattr(_scratch, name, None)
     if buffer is None or buffer.size < size:
-        buffer = np.empty(size, dtype=np.int16)
-        _scratch.buffer = buffer
-    return buffer[:size].reshape(tuple(shape))
+        buffer = np.empty(size, dtype=np.uint8)
+        setattr(_scratch, name, buffer)
+    return buffer[:size]

@@ -25,7 +25,8 @@ from anycontrast_datasets.store.cache import CacheConfig, CachedSource
 from anycontrast_datasets.store.codec import checksum, decode_into
 from anycontrast_datasets.store.index_check import check_index, check_shards, study_spans
 from anycontrast_datasets.store.partial import clip_box, crop_arrays, gather_patches
-from anycontrast_datasets.store.slots import scratch_array, slot_array
+from anycontrast_datasets.store.slabs import decode_slabs
+from anycontrast_datasets.store.slots import slot_array
 from anycontrast_datasets.store.study_records import StudyRecords
 from anycontrast_datasets.store.verify import verify_shards
 from anycontrast_datasets.store.volume_index import (
@@ -165,15 +166,16 @@ class VolumeStore:
             ShardError: As `read`.
             ValueError: If an index lies outside the patch grid.
         """
+        whole = self.records[index].shape[0]
         return {
             name: gather_patches(codes_XYZ, patch_vox, patches[name])
-            for name, codes_XYZ in self.volumes(index, tuple(patches))
+            for name, _, codes_XYZ in self.slabs(index, tuple(patches), whole)
         }
 
-    def volumes(self, index: int, contrasts: Sequence[str]) -> Iterator[tuple[str, Codes]]:
-        """Yield `(contrast, [X, Y, Z] int16)` one after the other, in stored order.
-
-        Every volume lies in the same memory of this thread: use it before asking for the next.
+    def slabs(
+        self, index: int, contrasts: Sequence[str], planes: int
+    ) -> Iterator[tuple[str, int, Codes]]:
+        """Yield `(contrast, first plane, [<= planes, Y, Z] int16)`, see `SlabStore.slabs`.
 
         Raises:
             ShardError: As `read`.
@@ -181,9 +183,12 @@ class VolumeStore:
         rows = self._members(index)
         names = _wanted(self._record(index, rows), contrasts)
         for row, block in self._fetch([r for r in rows[:-1] if r.contrast in names], rows):
-            codes_XYZ = scratch_array(row.shape)
-            _decode(row, block, codes_XYZ)
-            yield row.contrast, codes_XYZ
+            shape = (row.shape[0], row.shape[1], row.shape[2])
+            try:
+                for number, codes_XYZ in enumerate(decode_slabs(block, shape, planes)):
+                    yield row.contrast, number * planes, codes_XYZ
+            except ValueError as error:
+                raise ShardError(f"{_where(row)}: {error}; {AGAIN}") from error
 
     def verify(self) -> list[str]:
         """Hash every shard; return one line per shard that is not what was written."""
