@@ -42,9 +42,9 @@ ACCEPTED = {
     "xa30/16_DWI_b0.nii": "b0",
     "xa30/28_asl.nii": "CBF",
     "xa30/8_gre_e1.nii": "GRE",
-    "torchio/t2.nii.gz": "FLAIR",
 }
 REFUSED = {
+    "torchio/t2.nii.gz": "face_present",
     "openms_long/patient12/brainmask_coregistered_space.nii.gz": "mask_grid_mismatch",
     "xa30/14_DWI_colFA.nii": "rgb_voxels",
     "xa30/9_gre_phase.nii": "phase_image",
@@ -112,16 +112,43 @@ def test_every_refusal_says_why_and_what_to_do(out: Path) -> None:
         assert refusal.remedy
 
 
-def test_flair_named_t2_follows_the_picture_and_keeps_both_votes(out: Path) -> None:
-    (volume,) = study_of(out, "torchio/t2.nii.gz").volumes
-    assert "contrast_disagreement" in volume.flags
+def test_flair_named_t2_with_a_face_is_kept_on_request_with_both_votes(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("file,subject,session,contrast,label\nt2.nii.gz,p,1,,\n")
+    root, table = str(REAL / "torchio"), str(tmp_path / "table.csv")
+    summary = scan(tmp_path / "m", source="folder", root=root, table=table, faces="flag")
+    (volume,) = read_manifest(tmp_path / "m" / "manifest.parquet")[0].volumes
+    assert (volume.contrast, volume.face) == ("FLAIR", "present")
+    assert {"contrast_disagreement", "face_present"} <= set(volume.flags)
+    assert {vote.source: vote.contrast for vote in volume.votes} == {
+        "picture": "FLAIR",
+        "name": "T2w",
+    }
     assert any("T2w" in clause and "name" in clause for clause in volume.evidence)
     assert any("FLAIR" in clause and "picture" in clause for clause in volume.evidence)
+    assert (summary.disagreements, summary.by_face) == (1, {"present": 1})
+    with (tmp_path / "m" / "private" / "mapping.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["contrast"], row["disagreement"], row["decision"]) == ("FLAIR", "yes", "")
 
 
-def test_no_other_volume_is_said_to_disagree(out: Path) -> None:
+def test_no_volume_is_said_to_disagree(out: Path) -> None:
     flags = [volume.flags for s in read_manifest(out / "manifest.parquet") for volume in s.volumes]
-    assert sum("contrast_disagreement" in f for f in flags) == 1
+    assert not any("contrast_disagreement" in f for f in flags)
+
+
+def test_face_states_are_those_that_people_saw(out: Path) -> None:
+    states = {
+        path.relative_to(REAL.resolve()).as_posix(): volume.face
+        for study in read_manifest(out / "manifest.parquet")
+        for volume in study.volumes
+        if (path := read_locations(out)[study.study_id, volume.contrast])
+    }
+    stripped = ("openms_cross", "cstar_stroke", "isles22")
+    for name, state in states.items():
+        if name.startswith(stripped):
+            assert state == "stripped", name
+        elif name.startswith("openms_long"):
+            assert state == "defaced", name
 
 
 def test_foreign_mask_leaves_its_study_without_label(out: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from anycontrast_datasets.study import ManifestError, Study
 from anycontrast_datasets.volume import write_volume
 
 
-def image(path: Path) -> None:
+def image(path: Path, seed: int | None = None) -> None:
+    """A file of noise; two names, two pictures, unless a seed is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    voxels = np.arange(210, dtype=np.int16).reshape(6, 7, 5)
+    rng = np.random.default_rng(crc32(path.name.encode()) if seed is None else seed)
+    voxels = rng.integers(0, 999, size=(6, 7, 5)).astype(np.int16)
     write_volume(path, voxels, np.diag([2.0, 2.0, 3.0, 1.0]))
 
 

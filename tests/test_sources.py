@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def image(path: Path, *, shape: tuple[int, int, int] = (6, 7, 5), shift_mm: floa
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([2.0, 2.0, 3.0, 1.0])
     affine[0, 3] = shift_mm
-    voxels = np.arange(np.prod(shape), dtype=np.int16).reshape(shape) % 7
+    rng = np.random.default_rng(crc32(path.name.encode()))
+    voxels = rng.integers(0, 999, size=shape).astype(np.int16)
     write_volume(path, voxels, affine)
     return path
 
@@ -356,7 +358,7 @@ def pictures_say(monkeypatch: pytest.MonkeyPatch, contrast: str | None, *flags: 
     def look(*_: object) -> Appearance:
         return Appearance(flags=flags, contrast=contrast, evidence=("picture: fluid is dark",))
 
-    monkeypatch.setattr("anycontrast_datasets.sources.inspection.check_appearance", look)
+    monkeypatch.setattr("anycontrast_datasets.sources.judging.check_appearance", look)
 
 
 def look_options() -> SourceOptions:

@@ -13,16 +13,12 @@ Thresholds: set on the shared real volumes, with the nearest real value of eithe
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
-FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
+from anycontrast_datasets.work_copy import FloatArray, Head, WorkCopy, make_work_copy
 
-_WORK_SPACING_MM = 3.0
 _SMALL_FIELD_MM = 100.0
 """Two axes below this hold no brain; smallest real head 120 mm, largest crop 60 mm."""
 _THIN_FIELD_MM = 40.0
@@ -66,24 +62,12 @@ class Appearance:
     """One clause with the numbers per flag and contrast."""
 
 
-@dataclass(frozen=True)
-class _Head:
-    """A 3 mm copy with the object in it."""
-
-    array: FloatArray
-    spacing_mm: npt.NDArray[np.float64]
-    inside: BoolArray
-    extent_mm: npt.NDArray[np.float64]
-    depth_mm: npt.NDArray[np.float64]
-    """Distance to the surface of the object, 0 outside."""
-    air: float
-
-
 def check_appearance(
     array: FloatArray,
     affine: npt.NDArray[np.float64],
     spacing_mm: tuple[float, float, float],
     contrast: str | None,
+    copy: WorkCopy | None = None,
 ) -> Appearance:
     """Test a picture.
 
@@ -92,13 +76,14 @@ def check_appearance(
         affine: [4, 4] index -> RAS+ mm; only its axes matter, the origin of a file may be anywhere.
         spacing_mm: along the axes of `array`.
         contrast: vocabulary name that the volume is said to be, None when nobody says.
+        copy: of the array, where there is one already.
     """
     field_mm = np.array(array.shape) * np.array(spacing_mm)
     if np.sum(field_mm < _SMALL_FIELD_MM) >= 2 or field_mm.min() < _THIN_FIELD_MM:
         sizes = " x ".join(f"{size:.0f}" for size in field_mm)
         clause = f"picture: field of view {sizes} mm holds no brain"
         return Appearance(flags=("field_of_view_small",), evidence=(clause,))
-    head = _find_head(array, np.array(spacing_mm))
+    head = (copy or make_work_copy(array, spacing_mm)).head
     if head is None:
         return Appearance()
     flags, evidence = _test_uniformity(head, field_mm)
@@ -108,40 +93,8 @@ def check_appearance(
     return Appearance(contrast=seen, evidence=clauses)
 
 
-def _downsample(
-    array: FloatArray, spacing_mm: npt.NDArray[np.float64]
-) -> tuple[FloatArray, npt.NDArray[np.float64]]:
-    """Average whole blocks of voxels; an incomplete block at the far end is left out."""
-    factors = np.maximum(1, np.round(_WORK_SPACING_MM / spacing_mm)).astype(int)
-    counts = [n // k for n, k in zip(array.shape, factors, strict=True)]
-    kept = array[tuple(slice(0, n * k) for n, k in zip(counts, factors, strict=True))]
-    blocks = [size for pair in zip(counts, factors, strict=True) for size in pair]
-    small = kept.reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
-    return cast(FloatArray, small), spacing_mm * factors
-
-
-def _find_head(array: FloatArray, spacing_mm: npt.NDArray[np.float64]) -> _Head | None:
-    """Return the largest connected object, holes filled slice by slice; None if there is none."""
-    small, spacing = _downsample(array, spacing_mm)
-    air = float(np.percentile(small, 1))
-    signal = small[small > air + 0.05 * (float(np.percentile(small, 99)) - air)]
-    if signal.size == 0:
-        return None
-    level = air + 0.15 * (float(np.percentile(signal, 95)) - air)
-    labels, count = ndimage.label(small > level)
-    if count == 0:
-        return None
-    inside = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    for z in range(inside.shape[2]):
-        inside[:, :, z] = ndimage.binary_fill_holes(inside[:, :, z])
-    places = np.argwhere(inside)
-    extent = (places.max(axis=0) - places.min(axis=0) + 1) * spacing
-    padded = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=spacing)
-    return _Head(small, spacing, inside, extent, padded[1:-1, 1:-1, 1:-1], air)
-
-
 def _test_uniformity(
-    head: _Head, field_mm: npt.NDArray[np.float64]
+    head: Head, field_mm: npt.NDArray[np.float64]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     deepest = float(head.depth_mm.max())
     core = head.array[head.depth_mm > 0.6 * deepest] - head.air
@@ -166,7 +119,7 @@ def _test_uniformity(
     return (), ()
 
 
-def _test_csf(head: _Head) -> tuple[str | None, tuple[str, ...]]:
+def _test_csf(head: Head) -> tuple[str | None, tuple[str, ...]]:
     """Tell T2w from FLAIR by the bright and the dark tail around the ventricles.
 
     T2w wants its bright tail on both sides and well above the dark one, so that a one-sided bright
@@ -188,7 +141,7 @@ def _test_csf(head: _Head) -> tuple[str | None, tuple[str, ...]]:
     return None, ()
 
 
-def _central_voxels(head: _Head) -> tuple[FloatArray, FloatArray]:
+def _central_voxels(head: Head) -> tuple[FloatArray, FloatArray]:
     """Return the voxels about the ventricles, left and right, minus air.
 
     They lie 60 mm below the top of the head; voxels at its surface, and in open fissures of a

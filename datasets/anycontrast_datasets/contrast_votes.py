@@ -11,12 +11,15 @@ Source: reference/data.md, section 4, "How labels are inferred in practice".
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from anycontrast_datasets.appearance import Appearance
 from anycontrast_datasets.contrast import UNKNOWN, UnknownContrastError, resolve_contrast
 from anycontrast_datasets.contrast_physics import vote_physics
 from anycontrast_datasets.name_guess import ContrastGuess, guess_from_name
 from anycontrast_datasets.study import ContrastVote
+
+if TYPE_CHECKING:
+    from anycontrast_datasets.appearance import Appearance
 
 __all__ = [
     "MIN_CONFIDENCE",
@@ -108,7 +111,7 @@ def guess_from_description(text: str) -> ContrastGuess:
     return ContrastGuess(**{**vars(guess), "evidence": evidence})
 
 
-def vote_picture(appearance: Appearance) -> ContrastVote | None:
+def vote_picture(appearance: "Appearance") -> ContrastVote | None:
     """Return what the picture says, None when its tests were not asked or not sure."""
     if appearance.contrast is None:
         return None

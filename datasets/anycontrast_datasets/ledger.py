@@ -49,6 +49,8 @@ REMEDIES: dict[str, str] = {
     "unknown_contrast": "state a contrast of the vocabulary in a table (source=folder), or set "
     "unknown_contrast=keep",
     "contrast_not_selected": "nothing to do, or add the contrast to `contrasts`",
+    "duplicate_volume": "nothing to do, or correct the contrast: another file of the study holds "
+    "the same voxels",
     "duplicate_contrast": "keep one file per contrast and session: leave the others out, or give "
     "them sessions of their own in a table (source=folder)",
     "label_not_stated": "fill the label column if the file is a label, or leave the row out",
@@ -59,6 +61,11 @@ REMEDIES: dict[str, str] = {
     "label_values": "store the label as whole numbers from 0 to 255",
     "not_a_brain": "leave the file out; if it is a brain, set check_pictures=false",
     "field_of_view_small": "leave the file out; if the cut is intended, set check_pictures=false",
+    "nearly_empty": "leave the file out; if there is something in it, set check_pictures=false",
+    "face_present": "deface the volume, or set scan.faces=allow: then no model of it can be "
+    "released openly",
+    "withdrawn": "nothing to do; the subject is in private/withdrawn.csv",
+    "refused_by_person": "nothing to do; the mapping table says so",
     "not_mri": "leave the file out; if it is MRI after all, set check_pictures=false",
     "phase_image": "scan the magnitude image instead",
     "not_trainable": "leave the file out; maps of this kind are not learned from",
@@ -99,7 +106,7 @@ def write_ledger(refusals: Iterable[Refusal], path: Path) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([field.name for field in fields(Refusal)])
     for refusal in sorted(refusals, key=lambda r: (r.location, r.code)):
-        writer.writerow([_escape(cell) for cell in asdict(refusal).values()])
+        writer.writerow([escape_cell(cell) for cell in asdict(refusal).values()])
     write_atomically(path, buffer.getvalue().encode("utf-8"), mode=0o600)
 
 
@@ -118,10 +125,11 @@ def read_ledger(path: Path) -> list[Refusal]:
         raise ManifestError(
             f"reading the ledger {path}: columns must be {columns}, found {rows[:1]}; scan again"
         )
-    return [Refusal(*(_unescape(cell) for cell in row)) for row in rows[1:]]
+    return [Refusal(*(unescape_cell(cell) for cell in row)) for row in rows[1:]]
 
 
-def _escape(cell: str) -> str:
+def escape_cell(cell: str) -> str:
+    """Return a cell that shows control characters and that no spreadsheet runs as a formula."""
     visible = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in cell
@@ -129,5 +137,6 @@ def _escape(cell: str) -> str:
     return f"'{visible}" if visible.startswith(_FORMULA_START) else visible
 
 
-def _unescape(cell: str) -> str:
+def unescape_cell(cell: str) -> str:
+    """Return what `escape_cell` was given, up to control characters."""
     return cell[1:] if cell.startswith("'") else cell

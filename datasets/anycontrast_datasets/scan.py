@@ -2,10 +2,12 @@
 
 In: a folder in one of the known layouts. Out, in one folder: `manifest.parquet` (studies, without
 paths or original ids), `summary.json` (counts) and `private/` (where the files are, the ledger of
-refusals, the pseudonym key), which must not be handed on. Every image file of the source is either
-accepted or in the ledger: inputs = accepted + refused. The same input gives the same files.
+refusals, the mapping table, what was found in each file, the pseudonym key), which must not be
+handed on. Every image file of the source is either accepted or in the ledger: inputs = accepted +
+refused. The same input gives the same files; files that have not changed are not read again.
 """
 
+import csv
 import json
 import logging
 from collections import Counter
@@ -16,7 +18,7 @@ from typing import Literal
 
 from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.files import write_atomically
-from anycontrast_datasets.ledger import Refusal, write_ledger
+from anycontrast_datasets.ledger import Refusal, unescape_cell, write_ledger
 from anycontrast_datasets.manifest import (
     LABEL_KEY,
     MANIFEST_NAME,
@@ -24,11 +26,20 @@ from anycontrast_datasets.manifest import (
     write_locations,
     write_manifest,
 )
+from anycontrast_datasets.mapping import (
+    MAPPING_NAME,
+    check_decisions,
+    read_decisions,
+    write_mapping,
+)
 from anycontrast_datasets.pseudonym import Naming, PlainNaming, PseudonymNaming, SplitRule, load_key
+from anycontrast_datasets.scan_summary import ScanSummary, accepted_files, summarise
 from anycontrast_datasets.sources.claims import SourceOptions
 from anycontrast_datasets.sources.listing import check_root, list_images
 from anycontrast_datasets.sources.phantom_config import PhantomConfig
 from anycontrast_datasets.study import ManifestError, Study
+
+__all__ = ["ScanConfig", "ScanSummary", "run_scan", "summarise"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +47,8 @@ SUMMARY_NAME = "summary.json"
 PRIVATE_NAME = "private"
 LEDGER_NAME = "ledger.csv"
 KEY_NAME = "pseudonym.key"
+CACHE_NAME = "inspected.jsonl"
+WITHDRAWN_NAME = "withdrawn.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,15 @@ class ScanConfig:
     """Shares of subjects in train, val, test; they sum to 1."""
     check_pictures: bool = True
     """Compare each contrast with its picture, and refuse what is no brain."""
+    faces: Literal["refuse", "flag", "allow"] = "refuse"
+    """What happens to a structural or gradient-echo volume in which a face shows (or may show):
+    ledger, kept with a flag, kept. With any but `refuse` no model of it can be released openly."""
+    mapping: str | None = None
+    """A mapping table with decisions on contrasts, e.g. the edited `private/mapping.csv` of an
+    earlier scan; None applies none."""
+    rescan: Literal["changed", "all"] = "changed"
+    """`changed` reads only files that are new or have another size or time since the last scan;
+    `all` reads every file."""
     max_bytes: int = 2 * 2**30
     """Largest decoded size of one file."""
     num_threads: int = 2
@@ -97,33 +119,6 @@ class ScanConfig:
             raise ValueError(f"scan.root must name a folder for source={self.source}, got None")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScanSummary:
-    """What a scan found, in files and studies."""
-
-    inputs: int
-    """Image files, and files that a table names but the folder does not have."""
-    accepted: int
-    refused: int
-    studies: int
-    subjects: int
-    labels: int
-    by_code: dict[str, int]
-    """Refused files by reason code."""
-    by_flag: dict[str, int]
-    """Volumes by quality flag."""
-    by_contrast: dict[str, int]
-    by_contrast_set: dict[str, int]
-    """Studies by their contrasts, e.g. `T1w+FLAIR`."""
-    by_split: dict[str, int]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.studies} studies of {self.subjects} subjects; {self.inputs} files: "
-            f"{self.accepted} accepted, {self.refused} refused {self.by_code or ''}"
-        ).rstrip()
-
-
 def run_scan(
     config: ScanConfig, out_dir: Path, *, on_progress: Callable[[int, int], None] | None = None
 ) -> ScanSummary:
@@ -141,24 +136,30 @@ def run_scan(
         ManifestError: the source is missing or holds no image, the table is wrong, or no file was
             accepted (the ledger is written first).
     """
+    from anycontrast_datasets.duplicates import join_duplicates
+
     root = _root(config, out_dir)
     private = out_dir / PRIVATE_NAME
     private.mkdir(parents=True, exist_ok=True, mode=0o700)
     private.chmod(0o700)
+    applied, kept = _decisions(config, private)
     studies: list[Study] = []
     refusals: list[Refusal] = []
     stands_for: dict[str, tuple[str, ...]] = {}
-    for found in _source(config, root, private, on_progress, stands_for):
+    for found in _source(config, root, private, on_progress, stands_for, applied):
         if isinstance(found, Study):
             studies.append(found)
         else:
             refusals.append(found)
-    _check_accounted(root, _inputs(config, root), studies, refusals, stands_for)
+    inputs = _inputs(config, root)
+    _check_accounted(root, inputs, studies, refusals, stands_for)
+    studies = join_duplicates(studies)
     summary = summarise(studies, refusals, stands_for)
     if summary.inputs == 0:
         kind = "file" if config.source == "dicom" else "image file in the folder (.nii, .nii.gz)"
         raise ManifestError(f"scanning {root}: no {kind}; correct scan.root")
     write_ledger(refusals, private / LEDGER_NAME)
+    write_mapping(private / MAPPING_NAME, studies, refusals, decisions=kept, stands_for=stands_for)
     if not studies:
         (out_dir / MANIFEST_NAME).unlink(missing_ok=True)
         raise ManifestError(
@@ -167,6 +168,36 @@ def run_scan(
         )
     _write(studies, summary, root, out_dir)
     return summary
+
+
+def _decisions(config: ScanConfig, private: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the decisions to apply, and those to keep in the table that is written anew."""
+    written = private / MAPPING_NAME
+    earlier = read_decisions(written) if written.is_file() else {}
+    if config.mapping is None:
+        if earlier:
+            logger.warning(
+                "%d decisions in the mapping table are not applied; set scan.mapping to apply them",
+                len(earlier),
+            )
+        return {}, earlier
+    applied = read_decisions(Path(config.mapping).expanduser())
+    return applied, {**earlier, **applied}
+
+
+def _withdrawn(private: Path) -> frozenset[str]:
+    """Return the pseudonyms of the subjects that have withdrawn."""
+    path = private / WITHDRAWN_NAME
+    if not path.is_file():
+        return frozenset()
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    if rows and "subject_id" not in rows[0]:
+        raise ManifestError(
+            f"reading {path}: a column subject_id is needed, found {sorted(map(str, rows[0]))}; "
+            "correct the first line"
+        )
+    return frozenset(unescape_cell(row["subject_id"] or "").strip() for row in rows) - {""}
 
 
 def _inputs(config: ScanConfig, root: Path) -> Sequence[str]:
@@ -186,7 +217,7 @@ def _check_accounted(
     stands_for: Mapping[str, Sequence[str]],
 ) -> None:
     """Every input file is in a study or in the ledger, and in one of them only."""
-    accounted = _accepted_files(studies, stands_for)
+    accounted = accepted_files(studies, stands_for)
     accounted += [refusal.location for refusal in refusals]
     twice = [name for name, count in Counter(accounted).items() if count > 1]
     assert not twice, f"files accounted for more than once: {twice[:3]}"
@@ -195,47 +226,6 @@ def _check_accounted(
             f"scanning {root}: every image file must be accounted for, found {len(lost)} that are "
             f"not, e.g. {lost[0]}; did the folder change meanwhile? scan again"
         )
-
-
-def _accepted_files(studies: Sequence[Study], stands_for: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the input files of studies; a converted volume stands for those it was made of."""
-    taken = [volume.location for study in studies for volume in study.volumes]
-    taken += [study.label.location for study in studies if study.label is not None]
-    return [file for location in taken for file in stands_for.get(location, (location,))]
-
-
-def summarise(
-    studies: Sequence[Study],
-    refusals: Sequence[Refusal],
-    stands_for: Mapping[str, Sequence[str]] | None = None,
-) -> ScanSummary:
-    """Count files and studies; nothing in the result names a file or a person.
-
-    Args:
-        studies: accepted.
-        refusals: one per refused file.
-        stands_for: location of a converted volume -> the input files it was made of.
-    """
-    volumes = [volume for study in studies for volume in study.volumes]
-    num_labels = sum(study.label is not None for study in studies)
-    accepted = len(_accepted_files(studies, stands_for or {}))
-    return ScanSummary(
-        inputs=accepted + len(refusals),
-        accepted=accepted,
-        refused=len(refusals),
-        studies=len(studies),
-        subjects=len({study.subject_id for study in studies}),
-        labels=num_labels,
-        by_code=_counts(refusal.code for refusal in refusals),
-        by_flag=_counts(flag for volume in volumes for flag in volume.flags),
-        by_contrast=_counts(volume.contrast for volume in volumes),
-        by_contrast_set=_counts("+".join(study.contrasts) for study in studies),
-        by_split=_counts(study.split for study in studies),
-    )
-
-
-def _counts(names: Iterator[str]) -> dict[str, int]:
-    return dict(sorted(Counter(names).items()))
 
 
 def _root(config: ScanConfig, out_dir: Path) -> Path:
@@ -253,6 +243,7 @@ def _source(
     private: Path,
     on_progress: Callable[[int, int], None] | None,
     stands_for: dict[str, tuple[str, ...]],
+    decisions: Mapping[str, str],
 ) -> Iterator[Study | Refusal]:
     # Inside, so that loading a configuration loads neither nibabel nor the phantom.
     from anycontrast_datasets.sources import bids, brats, dicom, folder, phantom
@@ -265,8 +256,17 @@ def _source(
         check_pictures=config.check_pictures,
         max_bytes=config.max_bytes,
         num_threads=config.num_threads,
+        faces=config.faces,
+        is_synthetic=config.source == "phantom",
+        decisions=decisions,
+        withdrawn=_withdrawn(private),
+        cache_file=private / CACHE_NAME,
+        reuse_outcomes=config.rescan == "changed",
         on_progress=on_progress,
     )
+    if decisions and config.source != "phantom":
+        assert config.mapping is not None, "decisions come from the configured mapping"
+        check_decisions(decisions, _inputs(config, root), Path(config.mapping))
     if config.source == "folder":
         assert config.table is not None, "ScanConfig checks that a folder source has a table"
         return folder.scan(root, options, Path(config.table).expanduser())

@@ -86,7 +86,7 @@ def _read_contrast(location: str, name: BidsName) -> ContrastReading:
         guess = read_name(location)
         reading = reading if guess.is_mask or guess.code == "unknown_contrast" else guess
     if reading.contrast == "T1w" and "ce" in name.entities:
-        return ContrastReading("T1wCE", (*reading.evidence, "BIDS entity ce: T1wCE"))
+        return read_stated("T1wCE", where="BIDS suffix and entity ce")
     return reading
 
 

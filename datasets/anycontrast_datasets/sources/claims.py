@@ -6,6 +6,7 @@ refusal; `grouping` opens the files and makes studies of them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from anycontrast_datasets.contrast import (
@@ -15,7 +16,9 @@ from anycontrast_datasets.contrast import (
     guess_from_name,
     resolve_contrast,
 )
+from anycontrast_datasets.contrast_votes import STATED_CONFIDENCE, vote_name
 from anycontrast_datasets.pseudonym import Naming
+from anycontrast_datasets.study import ContrastVote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,18 @@ class SourceOptions:
     max_bytes: int = 2 * 2**30
     """Largest decoded size of one file."""
     num_threads: int = 2
+    faces: Literal["refuse", "flag", "allow"] = "refuse"
+    """What happens to a structural volume with a face, or of which that is not known."""
+    is_synthetic: bool = False
+    """Nobody was scanned: faces do not matter."""
+    decisions: Mapping[str, str] = field(default_factory=dict)
+    """Location -> vocabulary name or `refuse`: what a person wrote into the mapping table."""
+    withdrawn: frozenset[str] = frozenset()
+    """Pseudonyms of subjects whose files must not be used."""
+    cache_file: Path | None = None
+    """Where outcomes of earlier scans are kept; None reads every file."""
+    reuse_outcomes: bool = True
+    """False: read every file again, and write `cache_file` anew."""
     on_progress: Callable[[int, int], None] | None = None
     """Called with (files done, files in all)."""
 
@@ -45,6 +60,18 @@ class ContrastReading:
     """Reason code; empty when the file may be used."""
     reason: str = ""
     is_mask: bool = False
+    votes: tuple[ContrastVote, ...] = ()
+    """What the text said, for the verdict."""
+
+
+# Where a contrast was written down -> source of the vote.
+_STATED_AT = {
+    "mapping": "mapping",
+    "table": "table",
+    "BIDS suffix": "bids",
+    "BIDS suffix and entity ce": "bids",
+    "BraTS token": "bids",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +103,7 @@ def read_stated(text: str, *, where: str) -> ContrastReading:
 
     Args:
         text: The name or a synonym.
-        where: Goes into the evidence, e.g. `BIDS suffix`.
+        where: `mapping`, `table`, `BIDS suffix` or `BraTS token`; goes into the evidence.
     """
     try:
         contrast = resolve_contrast(text)
@@ -86,7 +113,15 @@ def read_stated(text: str, *, where: str) -> ContrastReading:
             return hint
         reason = f"{where} {text!r} is not a known contrast; nearest is {error.nearest}"
         return ContrastReading(code="unknown_contrast", reason=reason, is_mask=hint.is_mask)
-    return _usable(contrast, (f"{where}: {contrast}",))
+    source = _STATED_AT[where]
+    evidence = f"{where}: {contrast}"
+    vote = ContrastVote(
+        source=source,
+        contrast=contrast,
+        confidence=STATED_CONFIDENCE[source],
+        evidence=evidence,
+    )
+    return _usable(contrast, (evidence,), (vote,))
 
 
 def read_name(filename: str) -> ContrastReading:
@@ -105,14 +140,23 @@ def read_name(filename: str) -> ContrastReading:
     if guess.contrast is None:
         reason = f"contradicting tokens ({said})" if said else "the name says no contrast"
         return ContrastReading(code="unknown_contrast", reason=reason)
-    return _usable(guess.contrast, evidence)
+    vote = vote_name(filename)
+    return _usable(guess.contrast, evidence, () if vote is None else (vote,))
 
 
-def _usable(contrast: str, evidence: tuple[str, ...]) -> ContrastReading:
+def refuse_untrainable(contrast: str) -> tuple[str, str]:
+    """Return reason code and reason of a contrast that is not learned from, blanks otherwise."""
     entry = contrast_entry(contrast)
+    if contrast == UNKNOWN or entry.trainable:
+        return "", ""
+    code = "phase_image" if entry.family == "phase" else "not_trainable"
+    return code, f"{contrast} is not learned from"
+
+
+def _usable(
+    contrast: str, evidence: tuple[str, ...], votes: tuple[ContrastVote, ...]
+) -> ContrastReading:
     if contrast == UNKNOWN:
         return ContrastReading(UNKNOWN, evidence, "unknown_contrast", "stated as unknown")
-    if not entry.trainable:
-        code = "phase_image" if entry.family == "phase" else "not_trainable"
-        return ContrastReading(contrast, evidence, code, f"{contrast} is not learned from")
-    return ContrastReading(contrast, evidence)
+    code, reason = refuse_untrainable(contrast)
+    return ContrastReading(contrast, evidence, code, reason, votes=votes)

@@ -13,9 +13,12 @@ from pathlib import Path
 
 from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.ledger import Refusal, refuse
+from anycontrast_datasets.mapping import REFUSE
 from anycontrast_datasets.pseudonym import Identity
-from anycontrast_datasets.sources.claims import FileClaim, SourceOptions
+from anycontrast_datasets.sidecars import Sidecar, SidecarReader, allowed, in_seconds
+from anycontrast_datasets.sources.claims import FileClaim, SourceOptions, read_stated
 from anycontrast_datasets.sources.inspection import DISAGREEMENT, Inspected, inspect
+from anycontrast_datasets.sources.inspection_cache import InspectionCache
 from anycontrast_datasets.study import Study, Volume
 
 _Outcome = Inspected | Refusal
@@ -31,15 +34,17 @@ def build_studies(
         claims: One per file of the source, in any order.
         options: Naming, contrasts to keep, limits.
     """
-    refused = [claim for claim in claims if isinstance(claim, Refusal)]
-    claimed = [claim for claim in claims if isinstance(claim, FileClaim)]
+    decided = [_decide(claim, options) for claim in claims]
+    refused = [claim for claim in decided if isinstance(claim, Refusal)]
+    claimed = [claim for claim in decided if isinstance(claim, FileClaim)]
     claimed.sort(key=lambda c: (c.subject, c.session, c.location))
     done = len(refused)
     _report(options, done, len(claims))
     yield from refused
+    inspector = _Inspector(root, options)
     executor = ThreadPoolExecutor(max_workers=options.num_threads)
     try:
-        pending = {c.location: executor.submit(inspect, root, c, options) for c in claimed}
+        pending = {c.location: executor.submit(inspector, c) for c in claimed}
         for (subject, session), group in groupby(claimed, key=lambda c: (c.subject, c.session)):
             outcomes = []
             for claim in group:
@@ -49,6 +54,56 @@ def build_studies(
             yield from _assemble(options.dataset, options.naming(subject, session), outcomes)
     finally:
         executor.shutdown(cancel_futures=True)
+    inspector.cache.save()
+
+
+def _decide(claim: FileClaim | Refusal, options: SourceOptions) -> FileClaim | Refusal:
+    """Apply what a person decided: a withdrawn subject, a row of the mapping table."""
+    if isinstance(claim, Refusal):
+        return claim
+    identity = options.naming(claim.subject, claim.session)
+    if identity.subject_id in options.withdrawn:
+        reason = "the subject has withdrawn"
+        return refuse(claim.location, "withdrawn", reason, study_id=identity.study_id)
+    names = (claim.location, *claim.source_files)
+    decision = next((options.decisions[n] for n in names if n in options.decisions), "")
+    if decision == REFUSE:
+        reason = "refused in the mapping table"
+        return refuse(claim.location, "refused_by_person", reason, study_id=identity.study_id)
+    if not decision or claim.is_label:
+        return claim
+    stated = read_stated(decision, where="mapping")
+    reading = replace(
+        stated,
+        evidence=(*stated.evidence, *claim.reading.evidence),
+        votes=(*stated.votes, *claim.reading.votes),
+    )
+    return replace(claim, reading=reading, is_stated=True)
+
+
+class _Inspector:
+    """Inspects files, or says what an earlier scan found in a file that has not changed."""
+
+    def __init__(self, root: Path, options: SourceOptions) -> None:
+        self._root = root
+        self._options = options
+        self._sidecars = SidecarReader(root)
+        self.cache = InspectionCache(options)
+
+    def __call__(self, claim: FileClaim) -> _Outcome:
+        sidecar = self._sidecar(claim)
+        key = self.cache.key(self._root, claim, sidecar)
+        outcome = self.cache.get(key, claim)
+        if outcome is None:
+            outcome = inspect(self._root, claim, sidecar, self._options)
+        self.cache.put(key, outcome)
+        return outcome
+
+    def _sidecar(self, claim: FileClaim) -> Sidecar:
+        if claim.sidecar is None:
+            return self._sidecars.read(claim.location)
+        values, is_milliseconds = in_seconds(allowed(claim.sidecar))
+        return Sidecar(values=values, is_milliseconds=is_milliseconds)
 
 
 def _report(options: SourceOptions, done: int, total: int) -> None:
@@ -62,6 +117,8 @@ def _assemble(
     """Yield at most one study, and a refusal for every file that is not in it."""
     yield from (outcome for outcome in outcomes if isinstance(outcome, Refusal))
     usable = [outcome for outcome in outcomes if isinstance(outcome, Inspected)]
+    usable, refused = _without_equal_voxels(usable, identity.study_id)
+    yield from refused
     volumes, refused = _one_per_contrast(usable, identity.study_id)
     yield from refused
     label, refused = _choose_label(usable, volumes, identity.study_id)
@@ -76,12 +133,37 @@ def _assemble(
         split=identity.split,
         volumes=tuple(_volume(found) for found in volumes),
         label=None if label is None else label.label,
+        site=next((found.site for found in volumes if found.site), ""),
     )
 
 
 def _volume(found: Inspected) -> Volume:
     assert found.volume is not None, "only files inspected as volumes are volumes of a study"
     return found.volume
+
+
+def _without_equal_voxels(
+    usable: Sequence[Inspected], study_id: str
+) -> tuple[list[Inspected], list[Refusal]]:
+    """Keep one of several files with the same voxels: the surest contrast, then the first."""
+    kept: dict[str, Inspected] = {}
+    for found in usable:
+        if found.volume is not None:
+            content = found.volume.voxels_sha256
+            if content not in kept or found.volume.confidence > _volume(kept[content]).confidence:
+                kept[content] = found
+    refused = [
+        refuse(
+            found.claim.location,
+            "duplicate_volume",
+            f"the same voxels as {kept[found.volume.voxels_sha256].claim.location}",
+            study_id=study_id,
+        )
+        for found in usable
+        if found.volume is not None and kept[found.volume.voxels_sha256] is not found
+    ]
+    chosen = {id(found) for found in kept.values()}
+    return [f for f in usable if f.volume is None or id(f) in chosen], refused
 
 
 def _one_per_contrast(

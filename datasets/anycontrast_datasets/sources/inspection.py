@@ -1,40 +1,37 @@
 """Open one claimed file, once, and say what is really in it.
 
-In: a `FileClaim`. Out: `Inspected` facts (geometry, checksum, contrast after a look at the picture)
-or a refusal. The whole file is decoded here, so NaN voxels, damaged compression and false headers
-are met at the scan and not in training. Voxels are dropped again; a thread holds one volume.
+In: a `FileClaim`. Out: `Inspected` facts (geometry, checksums, contrast by all votes, quality, face
+state) or a refusal. The whole file is decoded here, so NaN voxels, damaged compression and false
+headers are met at the scan and not in training. Voxels are dropped again; a thread holds one
+volume.
 """
 
-import json
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from anycontrast_datasets.appearance import check_appearance
-from anycontrast_datasets.contrast import UNKNOWN, ContrastDescriptor
+from anycontrast_datasets.contrast import ContrastDescriptor
+from anycontrast_datasets.duplicates import image_hash, voxels_sha256
+from anycontrast_datasets.face import FACE_CONTRASTS, decide_face, detect_face, stated_face
 from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.ledger import Refusal, refuse
 from anycontrast_datasets.manifest import affine_rows
+from anycontrast_datasets.quality import NEARLY_EMPTY, measure_quality
+from anycontrast_datasets.sidecars import Sidecar
 from anycontrast_datasets.sources.claims import FileClaim, SourceOptions
-from anycontrast_datasets.sources.listing import refuse_format, stem
+from anycontrast_datasets.sources.judging import DISAGREEMENT, Judgement, judge
+from anycontrast_datasets.sources.listing import refuse_format
 from anycontrast_datasets.study import Label, Volume, VolumeError
 from anycontrast_datasets.volume import LoadedVolume, read_volume, same_grid
+from anycontrast_datasets.work_copy import WorkCopy, make_work_copy
 
-logger = logging.getLogger(__name__)
+__all__ = ["DISAGREEMENT", "Grid", "Inspected", "inspect"]
 
-DISAGREEMENT = "contrast_disagreement"
 SIDECAR_UNREADABLE = "sidecar_unreadable"
+SIDECAR_MILLISECONDS = "sidecar_milliseconds"
+FACE_PRESENT = "face_present"
 
-# Flag of the picture -> reason code.
-_REFUSING_FLAGS = {
-    "not_a_brain": "not_a_brain",
-    "field_of_view_small": "field_of_view_small",
-    "ct_like": "not_mri",
-}
-_MAX_SIDECAR_BYTES = 2**20
 _MAX_LABEL_VALUE = 255
 
 
@@ -59,10 +56,21 @@ class Inspected:
     volume: Volume | None = None
     label: Label | None = None
     """With an empty `grid_of`; the study decides it."""
+    site: str = ""
+    """Keyed name of scanner and institution; empty when not known."""
 
 
-def inspect(root: Path, claim: FileClaim, options: SourceOptions) -> Inspected | Refusal:
-    """Read a claimed file in full and return its facts, or why it is refused."""
+def inspect(
+    root: Path, claim: FileClaim, sidecar: Sidecar, options: SourceOptions
+) -> Inspected | Refusal:
+    """Read a claimed file in full and return its facts, or why it is refused.
+
+    Args:
+        root: Folder that the location is relative to.
+        claim: What the source says of the file.
+        sidecar: What its JSON sidecars, or the headers it was converted from, say.
+        options: Limits and policies.
+    """
     study_id = options.naming(claim.subject, claim.session).study_id
     if refusal := refuse_format(claim.location, study_id):
         return refusal
@@ -79,17 +87,7 @@ def inspect(root: Path, claim: FileClaim, options: SourceOptions) -> Inspected |
         return refuse(claim.location, "unreadable_file", reason, study_id=study_id)
     if claim.is_label:
         return _label(claim, loaded, sha256, study_id)
-    if refusal := _refuse_reading(claim, options, study_id):
-        return refusal
-    return _volume(path, claim, loaded, sha256, options, study_id)
-
-
-def _refuse_reading(claim: FileClaim, options: SourceOptions, study_id: str) -> Refusal | None:
-    reading = claim.reading
-    kept_unknown = reading.code == "unknown_contrast" and options.unknown_contrast == "keep"
-    if not reading.code or kept_unknown:
-        return None
-    return refuse(claim.location, reading.code, reading.reason, study_id=study_id)
+    return _volume(claim, loaded, sha256, sidecar, options, study_id)
 
 
 def _label(
@@ -110,53 +108,92 @@ def _label(
 
 
 def _volume(
-    path: Path,
     claim: FileClaim,
     loaded: LoadedVolume,
     sha256: str,
+    sidecar: Sidecar,
     options: SourceOptions,
     study_id: str,
 ) -> Inspected | Refusal:
-    contrast, flags, evidence = claim.reading.contrast, loaded.flags, claim.reading.evidence
-    if options.check_pictures:
-        contrast, flags, evidence = _look(claim, loaded)
-        if told := [flag for flag in _REFUSING_FLAGS if flag in flags]:
-            reason = f"by its picture ({told[0]}): {'; '.join(evidence)}"
-            return refuse(claim.location, _REFUSING_FLAGS[told[0]], reason, study_id=study_id)
-    if options.contrasts and contrast not in options.contrasts:
-        reason = f"{contrast} is not among the contrasts to keep"
+    copy = make_work_copy(loaded.array, loaded.spacing_mm)
+    found = judge(
+        claim,
+        sidecar,
+        loaded,
+        copy if options.check_pictures else None,
+        keep_unknown=options.unknown_contrast == "keep",
+    )
+    if not found.code and options.contrasts and found.contrast not in options.contrasts:
+        reason = f"{found.contrast} is not among the contrasts to keep"
         return refuse(claim.location, "contrast_not_selected", reason, study_id=study_id)
-    sidecar = _read_sidecar(path)
-    if sidecar is None:
-        flags = (*flags, SIDECAR_UNREADABLE)
+    if found.code:
+        return refuse(claim.location, found.code, found.reason, study_id=study_id)
+    quality = measure_quality(copy)
+    if options.check_pictures and NEARLY_EMPTY in quality.flags:
+        reason = "next to nothing stands out of the background"
+        return refuse(claim.location, NEARLY_EMPTY, reason, study_id=study_id)
+    face, face_flags, reason = _face(claim, copy, sidecar, found.contrast, options)
+    if reason:
+        return refuse(claim.location, FACE_PRESENT, reason, study_id=study_id)
     volume = Volume(
-        contrast=contrast,
+        contrast=found.contrast,
         location=claim.location,
         shape=loaded.source_shape,
         spacing_mm=_spacing(loaded),
         affine=affine_rows(loaded.source_affine),
-        descriptor=ContrastDescriptor.from_sidecar(sidecar or {}, contrast=contrast),
-        flags=flags,
-        evidence=evidence,
+        descriptor=ContrastDescriptor.from_sidecar(sidecar.values, contrast=found.contrast),
+        flags=_flags(loaded, found, sidecar, (*quality.flags, *face_flags), options),
+        evidence=found.evidence,
         sha256=sha256,
+        confidence=found.confidence,
+        votes=found.votes,
+        face=face,
+        voxels_sha256=voxels_sha256(loaded.array),
+        image_hash=image_hash(copy),
+        intensity=quality.intensity,
+        noise_sigma=quality.noise_sigma,
     )
-    return Inspected(claim=claim, grid=_grid(loaded), volume=volume)
+    site = claim.site or options.naming.site(*sidecar.site)
+    return Inspected(claim=claim, grid=_grid(loaded), volume=volume, site=site)
 
 
-def _look(claim: FileClaim, loaded: LoadedVolume) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Return contrast, flags and evidence after comparing the claim with the picture.
+def _flags(
+    loaded: LoadedVolume,
+    found: Judgement,
+    sidecar: Sidecar,
+    measured: tuple[str, ...],
+    options: SourceOptions,
+) -> tuple[str, ...]:
+    """What a person should know; the picture is not asked where pictures are not checked."""
+    said = ((SIDECAR_UNREADABLE,) if sidecar.is_unreadable else ()) + (
+        (SIDECAR_MILLISECONDS,) if sidecar.is_milliseconds else ()
+    )
+    kept = measured if options.check_pictures else [f for f in measured if f == FACE_PRESENT]
+    return tuple(dict.fromkeys((*loaded.flags, *found.flags, *kept, *said)))
 
-    A guess from a name follows the picture; a contrast that somebody stated in a table does not.
-    Both votes are written down either way.
+
+def _face(
+    claim: FileClaim,
+    copy: WorkCopy,
+    sidecar: Sidecar,
+    contrast: str,
+    options: SourceOptions,
+) -> tuple[str, tuple[str, ...], str]:
+    """Return the face state, flags, and the reason to refuse (blank to keep).
+
+    The detector is asked whether pictures are checked or not; what it cannot tell counts as
+    present. Where nobody was scanned there is no face to recognise.
     """
-    claimed = claim.reading.contrast
-    seen = check_appearance(loaded.array, loaded.affine, loaded.spacing_mm, claimed)
-    evidence = (*claim.reading.evidence, *seen.evidence)
-    flags = (*loaded.flags, *(flag for flag in seen.flags if flag != DISAGREEMENT))
-    if seen.contrast is None or seen.contrast == claimed or claimed == UNKNOWN:
-        return claimed, flags, evidence
-    kept = claimed if claim.is_stated else seen.contrast
-    return kept, (*flags, DISAGREEMENT), evidence
+    finding = decide_face(detect_face(copy), stated_face(claim.location, sidecar.values))
+    may_show = finding.state in ("present", "unknown")
+    if may_show and options.is_synthetic:
+        return "defaced", (), ""
+    if not may_show or contrast not in FACE_CONTRASTS or options.faces == "allow":
+        return finding.state, (), ""
+    if options.faces == "flag":
+        return finding.state, (FACE_PRESENT,), ""
+    what = "a face shows" if finding.state == "present" else "that no face shows is not known"
+    return finding.state, (), f"{what} ({finding.evidence})"
 
 
 def _spacing(loaded: LoadedVolume) -> tuple[float, float, float]:
@@ -167,18 +204,3 @@ def _spacing(loaded: LoadedVolume) -> tuple[float, float, float]:
 
 def _grid(loaded: LoadedVolume) -> Grid:
     return Grid(shape=loaded.array.shape, affine=loaded.affine)
-
-
-def _read_sidecar(path: Path) -> Mapping[str, object] | None:
-    """Return the JSON beside an image, empty when there is none, None when it cannot be read."""
-    sidecar = path.with_name(f"{stem(path.name)}.json")
-    if not sidecar.is_file():
-        return {}
-    try:
-        if sidecar.stat().st_size > _MAX_SIDECAR_BYTES:
-            raise ValueError("too large")
-        content = json.loads(sidecar.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        logger.warning("a JSON sidecar cannot be read; its volume is kept without physics")
-        return None
-    return content if isinstance(content, dict) else None

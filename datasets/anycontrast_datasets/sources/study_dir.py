@@ -49,7 +49,8 @@ def scan_study_dir(root: Path, table: Path | None = None) -> StudyDir:
         StudyError: no usable volume, or the table names more than one study.
         ManifestError: the folder or the table is missing or wrong.
     """
-    options = SourceOptions(dataset="study", naming=_OneStudy())
+    # Predicting is on the user's own study: nothing of it is kept, so a face may show.
+    options = SourceOptions(dataset="study", naming=_OneStudy(), faces="allow")
     if table is not None:
         found = list(folder.scan(root, options, table))
     else:
