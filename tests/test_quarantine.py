@@ -31,6 +31,18 @@ def test_an_error_without_a_place_is_kept_whole() -> None:
     assert len(found.reason) == 300
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("shard train-001.tar, study s1: cannot be opened (gone)", ("train-001.tar", "")),
+        ("study s1, array FLAIR/0: chunk 3 must have xxh3 1, found 2", ("", "FLAIR")),
+    ],
+)
+def test_what_an_error_does_not_say_stays_empty(text: str, place: tuple[str, str]) -> None:
+    found = damage_from(ShardError(text), index=1, study_id="s1", step=0, epoch=0)
+    assert (found.shard, found.member) == place
+
+
 def test_a_study_counts_once_however_many_of_its_members_are_damaged() -> None:
     quarantine = Quarantine(100, 0.01)
     assert len(quarantine.add([damage(1, "T1w"), damage(1, "FLAIR"), damage(1, "T1w")])) == 2

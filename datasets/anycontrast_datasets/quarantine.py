@@ -24,8 +24,11 @@ MAX_LISTED = 64
 """Damages written out in a state; the numbers of all damaged studies are there in any case."""
 _MAX_REASON = 300
 
-# How every store names a place: "shard s, study t, member m: what is wrong".
-_PLACE = re.compile(r"shard (?P<shard>[^,]+), study [^,]+, member (?P<member>[^,:]+)")
+# How stores name a place: "shard s, study t, member m: what is wrong", or a part of that; the zarr
+# store has arrays, "study t, array m/0".
+_PLACE = re.compile(
+    r"(shard (?P<shard>[^,:]+), )?study [^,:]+(, (member|array) (?P<member>[^,:/]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def damage_from(error: ShardError, *, index: int, study_id: str, step: int, epoc
     return Damage(
         index=index,
         study_id=study_id,
-        shard=place["shard"] if place else "",
-        member=place["member"] if place else "",
+        shard=(place["shard"] or "") if place else "",
+        member=(place["member"] or "") if place else "",
         reason=text if len(text) <= _MAX_REASON else text[: _MAX_REASON - 3] + "...",
         step=step,
         epoch=epoch,
