@@ -19,6 +19,7 @@ from anycontrast.bench.studies import bench_studies
 from anycontrast.bench.timing import alternate, markdown_table
 from anycontrast_datasets.foreground import foreground_mask
 from anycontrast_datasets.intensity import encode
+from anycontrast_datasets.store.codec import encode as encode_frame
 from anycontrast_datasets.store.reader import open_store
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,22 @@ def run(config: CodecsBenchConfig) -> dict[str, Any]:
         "chunks": chunks,
         "markdown": {"codecs": _table(codecs), "chunks": chunk_table(chunks)},
     }
+
+
+def real_ratios(folder: Path) -> dict[str, float]:
+    """Return how much smaller zstd-5 makes each published skull-stripped study, and all of them."""
+    totals = {
+        name: (
+            sum(codes.nbytes for codes in study.values()),
+            sum(len(encode_frame(codes)) for codes in study.values()),
+        )
+        for name, study in _real_studies(folder).items()
+    }
+    ratios = {name: raw / small for name, (raw, small) in totals.items()}
+    if ratios:
+        raws, smalls = zip(*totals.values(), strict=True)
+        ratios["skull_stripped"] = sum(raws) / sum(smalls)
+    return ratios
 
 
 def _codec_rows(studies: list[dict[str, Codes]], rounds: int) -> dict[str, dict[str, float]]:

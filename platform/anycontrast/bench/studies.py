@@ -7,16 +7,19 @@ under a name made of everything the bytes depend on.
 """
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from anycontrast_datasets.intensity import encode, pack_occupancy
+from anycontrast_datasets.contrast import resolve_contrast
+from anycontrast_datasets.foreground import foreground_mask
+from anycontrast_datasets.intensity import BLOCK_VOX, encode, pack_occupancy
 from anycontrast_datasets.shard_commit import write_arrays
 from anycontrast_datasets.store.volume_index import DATASET_NAME, SCHEMA_VERSION
-from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
 from anycontrast_datasets.volume import write_volume
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,40 @@ def bench_studies(folder: Path, num_studies: int) -> BenchStudies:
     if not (store / DATASET_NAME).is_file():
         write_arrays(store, [[_arrays(root, number) for number in range(num_studies)]])
     return BenchStudies(tuple(_paths(root, n) for n in range(num_studies)), store)
+
+
+def taken_studies(root: Path, folder: Path, num_studies: int) -> BenchStudies:
+    """Take studies from a folder of study folders, and make their volume store.
+
+    Args:
+        root: Study folders of the same contrasts, one `.nii.gz` each, named after the contrast; all
+            of a study on one grid.
+        folder: Cache of the store; made anew each time.
+        num_studies: The first so many, by name.
+
+    Raises:
+        StudyError: If there is no study, or its files do not fit together.
+    """
+    files = []
+    studies = []
+    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    for number, study in enumerate(folders[:num_studies]):
+        paths = {
+            resolve_contrast(path.name.removesuffix(".nii.gz")): path
+            for path in sorted(study.glob("*.nii.gz"))
+        }
+        files.append(paths)
+        studies.append(_taken_study(f"bench-{number:03d}", paths))
+    names = {tuple(paths) for paths in files}
+    if len(names) != 1 or not all(names):
+        raise StudyError(
+            f"bench: {root} must hold folders of the same contrasts as .nii.gz, found "
+            f"{sorted(names)}"
+        )
+    store = folder / f"store-taken-{SCHEMA_VERSION}"
+    shutil.rmtree(store, ignore_errors=True)
+    write_arrays(store, [studies])
+    return BenchStudies(tuple(files), store)
 
 
 def coded_study(
@@ -193,3 +230,21 @@ def _arrays(root: Path, number: int) -> StudyArrays:
 
     volumes = {name: read_volume(path).array for name, path in _paths(root, number).items()}
     return coded_study(f"bench-{number:03d}", volumes, AFFINE)
+
+
+def _taken_study(study_id: str, paths: dict[str, Path]) -> StudyArrays:
+    """Code the foreground of a study's files on their common grid, padded to whole blocks."""
+    from anycontrast_datasets.volume import read_volume
+
+    loaded = {name: read_volume(path) for name, path in paths.items()}
+    shapes = {volume.array.shape for volume in loaded.values()}
+    if len(shapes) != 1:
+        raise StudyError(f"bench: the files of a study must share one grid, found {sorted(shapes)}")
+    (shape,) = shapes
+    padding = [(0, -n % BLOCK_VOX) for n in shape]
+    volumes = {
+        name: np.pad(v.array * foreground_mask(v.array, v.spacing_mm), padding)
+        for name, v in loaded.items()
+    }
+    affine = next(iter(loaded.values())).affine
+    return coded_study(study_id, volumes, tuple(tuple(map(float, row)) for row in affine))
