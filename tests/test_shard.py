@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
 import tarfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -194,24 +191,6 @@ def test_rerun_mends_what_an_accident_left(
     assert run_shard(manifest, out, PREPARE, CONFIG).num_sharded == 5
     assert content(out) == before
     assert open_store(out).verify() == []
-
-
-def test_killed_run_ends_the_same_after_a_rerun(manifest: Path, tmp_path: Path) -> None:
-    config = ShardConfig(studies_per_shard=1)
-    run_shard(manifest, tmp_path / "whole", PREPARE, config)
-    out = tmp_path / "killed"
-    child = multiprocessing.get_context("spawn").Process(
-        target=run_shard, args=(manifest, out, PREPARE, config)
-    )
-    child.start()
-    assert child.pid is not None
-    deadline = time.monotonic() + 60
-    while not list(out.glob("shard-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    run_shard(manifest, out, PREPARE, config)
-    assert content(out) == content(tmp_path / "whole")
 
 
 def test_studies_and_members_are_where_webdataset_and_tar_expect_them(

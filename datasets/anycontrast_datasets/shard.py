@@ -132,6 +132,7 @@ def run_shard(
         start_s = time.monotonic()
         run = run_on_ray if config.num_workers > 1 else _run_here
         receipts = run(tasks, config.num_workers, on_progress or (lambda done, total: None))
+        remove_stale(out_dir, layout)  # What workers left that died on the way.
         _write_cost(receipts, out_dir, config.num_workers, time.monotonic() - start_s)
         outcome = Outcome(
             splits={study.study_id: study.split for study in studies},

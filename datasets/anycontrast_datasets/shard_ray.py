@@ -34,13 +34,7 @@ def run_on_ray(
     Raises:
         ShardError: What a task raises, e.g. that the disk is full.
     """
-    if "RAY_ADDRESS" not in os.environ:
-        # A cluster of our own: only who knows this token may talk to it. Read when Ray is imported.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
-
+    ray = load_ray()
     total, finished, last = sum(len(task.studies) for task in tasks), 0, -1
     receipts: dict[int, ShardReceipt] = {}
     with _cluster(num_workers):
@@ -65,6 +59,18 @@ def run_on_ray(
                 on_progress(done, total)
                 last = done
     return [receipts[number] for number in range(len(tasks))]
+
+
+def load_ray() -> Any:
+    """Import Ray; a cluster of our own is closed to whoever does not know its token."""
+    if "RAY_ADDRESS" not in os.environ:
+        # Read when Ray is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    return ray
 
 
 def progress_path(shard: Path) -> Path:
