@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from anycontrast_datasets.contrast_votes import vote_description, vote_physics
 from anycontrast_datasets.ledger import read_ledger
 from anycontrast_datasets.manifest import read_locations, read_manifest
 from anycontrast_datasets.prepare import PrepareConfig
@@ -132,7 +133,8 @@ def test_200_planted_headers_give_away_nothing(
     stack = Stack(subject=read[0].subject, study_uid="1.2", instances=tuple(read[:24]))
     claim = claim_stack(stack, tmp_path, options, make_converter(tmp_path, 2**24))
     assert isinstance(claim, FileClaim), claim
-    said += [repr(claim), claim.reading]
+    votes = (vote_description(claim.description), vote_physics(claim.sidecar or {}))
+    said += [claim.location, claim.site, claim.sidecar, repr(claim), *votes]
     text = json.dumps([str(part) for part in said]) + caplog.text
     text += "".join(str(warning.message) for warning in recwarn)
     assert "ZQX" not in text.upper()
@@ -165,7 +167,9 @@ def test_a_run_from_dicom_to_shards_gives_away_nothing(
             slice_ = dicom_head(index, study=study + 1)
             plant_text(slice_, text_tags[index::48], secret_of(study))
             slice_.save_as(folder / f"{secret_of(study)}-{index}", enforce_file_format=True)
-    config = ScanConfig(source="dicom", root=str(root), dataset="d", check_pictures=False)
+    config = ScanConfig(
+        source="dicom", root=str(root), dataset="d", check_pictures=False, faces="allow"
+    )
     summary = run_scan(config, out)
     assert (summary.inputs, summary.accepted, summary.refused) == (55, 48, 7)
     prepare = PrepareConfig(spacing_mm=(6.0, 6.0, 6.0), box_multiple_vox=8)
@@ -178,7 +182,8 @@ def test_a_run_from_dicom_to_shards_gives_away_nothing(
     assert "ZQX" not in "".join(told).upper()
     for folder in (out, shards):
         for name, data in everything_in(folder):
-            # The ledger names source files; it is private and stays.
-            is_ledger = name == "private/ledger.csv"
-            assert b"ZQX" not in (b"" if is_ledger else data).upper() + name.encode().upper(), name
+            # These two name source files; they are private and stay.
+            names_files = name in ("private/ledger.csv", "private/mapping.csv")
+            checked = name.encode() + (b"" if names_files else data)
+            assert b"ZQX" not in checked.upper(), name
     assert all(secret_of(0) in refusal.location for refusal in ledger)

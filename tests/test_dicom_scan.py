@@ -35,7 +35,7 @@ def scan(tmp_path: Path, key: Path) -> Callable[..., ScanSummary]:
 
     def run(**changes: Any) -> ScanSummary:
         values = {"root": str(tmp_path / "in"), "dataset": "d", "check_pictures": False}
-        config = {**values, "pseudonym_key_file": str(key), **changes}
+        config = {**values, "faces": "allow", "pseudonym_key_file": str(key), **changes}
         return run_scan(ScanConfig(source="dicom", **config), tmp_path / "out")
 
     return run
@@ -59,7 +59,7 @@ def enhanced(slices: list[Any]) -> Any:
     first = slices[0]
     first.SOPClassUID = first.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
     first.NumberOfFrames = len(slices)
-    first.PixelData = b"".join(s.PixelData for s in slices)
+    first.PixelData = (np.frombuffer(b"".join(s.PixelData for s in slices), "<u2") * 2).tobytes()
     shared = group(
         MRTimingAndRelatedParametersSequence=group(RepetitionTime="2000", FlipAngle="90"),
         PixelMeasuresSequence=group(PixelSpacing=["6", "6"], SliceThickness="6"),
@@ -100,7 +100,7 @@ def test_classic_and_enhanced_series_of_one_session_become_one_study(
     assert np.allclose(np.array(t1w.affine)[:3, 3], (-93, -93, -69))
     paths = read_locations(tmp_path / "out")
     one, two = (read_volume(paths[study.study_id, name]) for name in ("T1w", "T2w"))
-    assert np.array_equal(one.array, two.array)
+    assert np.array_equal(one.array * 2, two.array)
     # Slice 12 as written: rows run to the left of the patient's back, the volume is RAS+.
     pixels = np.frombuffer(dicom_head(12).PixelData, "<u2").reshape(32, 32)
     assert np.array_equal(one.array[::-1, ::-1, 12].T, pixels)
@@ -159,6 +159,22 @@ def test_a_volume_that_is_refused_later_refuses_each_of_its_files(
     assert not any(str(tmp_path) in r.reason or "work-" in r.reason for r in ledger)
 
 
+def test_two_series_of_one_contrast_are_named_by_their_files(
+    write_dicom: Callable[..., Any], scan: Callable[..., ScanSummary], tmp_path: Path
+) -> None:
+    write_dicom(tmp_path / "in" / "a")
+    write_dicom(tmp_path / "in" / "c", study=3)
+    for index in range(24):
+        pixels = bytes([index, 1]) * 1024
+        write_dicom(tmp_path / "in" / "b", [index], series=2, PixelData=pixels)
+    scan()
+    reasons = {r.reason for r in read_ledger(tmp_path / "out/private/ledger.csv")}
+    assert len(reasons) == 1
+    (reason,) = reasons
+    assert "the series of a/IM0000" in reason and "the series of b/IM0000" in reason
+    assert "converted" not in reason
+
+
 def test_a_rescan_reuses_volumes_and_drops_those_of_series_that_went(
     write_dicom: Callable[..., Any], scan: Callable[..., ScanSummary], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -189,6 +205,33 @@ def test_a_rescan_reuses_volumes_and_drops_those_of_series_that_went(
     assert len(runs) == 1
     assert len(list(converted.rglob("*.nii.gz"))) == 1
     assert len(list(converted.iterdir())) == 1
+
+
+def test_a_withdrawn_subject_leaves_no_volume_behind(
+    write_dicom: Callable[..., Any], scan: Callable[..., ScanSummary], tmp_path: Path
+) -> None:
+    write_dicom(tmp_path / "in" / "a")
+    write_dicom(tmp_path / "in" / "b", study=2, PatientID="other")
+    scan()
+    gone = min(read_manifest(tmp_path / "out/manifest.parquet"), key=lambda s: s.study_id)
+    (tmp_path / "out/private/withdrawn.csv").write_text(f"subject_id\n{gone.subject_id}\n")
+    assert scan().by_code == {"withdrawn": 24}
+    folders = [path.name for path in (tmp_path / "out/private/converted").iterdir()]
+    assert len(folders) == 1 and gone.study_id not in folders
+
+
+def test_a_person_may_overrule_a_description(
+    write_dicom: Callable[..., Any], scan: Callable[..., ScanSummary], tmp_path: Path
+) -> None:
+    write_dicom(tmp_path / "in" / "a")
+    write_dicom(tmp_path / "in" / "b", study=2, SeriesDescription="T2 map, but not really")
+    assert scan().by_code == {"not_trainable": 24}
+    table = tmp_path / "out/private/mapping.csv"
+    rows = table.read_text().splitlines()
+    decided = [f"{row}T2w" if row.startswith("b/") else row for row in rows]
+    (tmp_path / "mapping.csv").write_text("\n".join(decided))
+    summary = scan(mapping=str(tmp_path / "mapping.csv"))
+    assert (summary.accepted, summary.by_contrast) == (48, {"T1w": 1, "T2w": 1})
 
 
 def test_private_files_can_be_read_by_the_owner_only(
@@ -289,6 +332,9 @@ def test_real_series_end_where_their_description_says(
 ) -> None:
     for name in ("xa30", "deident", "studyforrest"):
         shutil.copytree(REAL / name / "dicom", tmp_path / "in" / name)
+    summary = scan(check_pictures=True, faces="refuse")
+    assert summary.by_code == {"face_present": 1, "incomplete_series": 24}
+    assert refused(tmp_path)["xa30/5_anat-T1w_acq-tfl.dcm"] == "face_present"
     summary = scan(check_pictures=True)
     assert (summary.inputs, summary.accepted) == (26, 2)
     assert summary.by_code == {"incomplete_series": 24}

@@ -12,14 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from anycontrast_datasets.contrast_votes import (
-    combine_votes,
-    guess_from_description,
-    vote_description,
-    vote_physics,
-)
+from anycontrast_datasets.contrast_votes import guess_from_description
 from anycontrast_datasets.ledger import Refusal, refuse
-from anycontrast_datasets.sources.claims import ContrastReading, FileClaim, SourceOptions
+from anycontrast_datasets.sources.claims import FileClaim, SourceOptions
 from anycontrast_datasets.sources.dicom_convert import Converter, convert, make_converter, prune
 from anycontrast_datasets.sources.dicom_header import Instance, read_instance
 from anycontrast_datasets.sources.dicom_listing import list_files
@@ -91,11 +86,9 @@ def _convert_all(
             progress.add(len(stack.locations))
     finally:
         executor.shutdown(cancel_futures=True)
-    num_studies = 0
     first_files = {location: files[0] for location, files in stands_for.items()}
     for found in build_studies(root, claims, replace(options, on_progress=None)):
         if isinstance(found, Study):
-            num_studies += 1
             progress.add(sum(len(stands_for[v.location]) for v in found.volumes))
             yield found
         else:
@@ -103,8 +96,7 @@ def _convert_all(
             progress.add(len(files))
             reason = _name_series(found.reason, converter.folder, first_files)
             yield from (replace(found, location=file, reason=reason) for file in files)
-    if num_studies:
-        prune(converter, {Path(location) for location in first_files})
+    prune(converter, {Path(location) for location in first_files})
 
 
 def _name_series(reason: str, folder: Path, first_files: Mapping[str, str]) -> str:
@@ -118,10 +110,14 @@ def claim_stack(
 ) -> FileClaim | Refusal:
     """Convert a stack and say what its headers say; the location is the converted file."""
     first = stack.instances[0]
-    study_id = options.naming(stack.subject, stack.study_uid).study_id
-    reading = _read_contrast(first)
-    if reading.code and reading.code != "unknown_contrast":
-        return refuse(first.location, reading.code, reading.reason, study_id=study_id)
+    identity = options.naming(stack.subject, stack.study_uid)
+    study_id = identity.study_id
+    if identity.subject_id in options.withdrawn:
+        return refuse(first.location, "withdrawn", "the subject has withdrawn", study_id=study_id)
+    is_decided = any(location in options.decisions for location in stack.locations)
+    code, reason = ("", "") if is_decided else _fault_of_description(first)
+    if code:
+        return refuse(first.location, code, reason, study_id=study_id)
     try:
         path = convert(stack, study_id, root, converter)
     except VolumeError as error:
@@ -130,7 +126,6 @@ def claim_stack(
         location=str(path),
         subject=stack.subject,
         session=stack.study_uid,
-        reading=reading,
         sidecar=first.sidecar,
         description=first.description,
         site=options.naming.site(*first.site),
@@ -138,20 +133,13 @@ def claim_stack(
     )
 
 
-def _read_contrast(first: Instance) -> ContrastReading:
-    """Return what description and physics say together; evidence holds known tokens only."""
+def _fault_of_description(first: Instance) -> tuple[str, str]:
+    """Return why a series need not be converted; a reason holds known tokens only."""
     guess = guess_from_description(first.description)
     said = "; ".join(guess.evidence)
     if guess.is_phase:
-        return ContrastReading(code="phase_image", reason=f"a phase image ({said})")
-    if guess.is_derived:
-        return ContrastReading(code="not_trainable", reason=f"not learned from ({said})")
-    verdict = combine_votes([vote_description(first.description), vote_physics(first.sidecar)])
-    evidence = tuple(vote.evidence for vote in verdict.votes if vote.evidence)
-    if verdict.contrast == "unknown":
-        reason = f"the header does not settle the contrast ({'; '.join(evidence) or 'no words'})"
-        return ContrastReading(evidence=evidence, code="unknown_contrast", reason=reason)
-    return ContrastReading(verdict.contrast, evidence)
+        return "phase_image", f"a phase image ({said})"
+    return ("not_trainable", f"not learned from ({said})") if guess.is_derived else ("", "")
 
 
 class _Progress:
