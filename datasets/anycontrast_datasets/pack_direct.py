@@ -4,13 +4,14 @@ In: requests, that is studies by their records. Out: the same PackedBatch, bit f
 reading, flipping and `pack_studies` make. Which patches hold foreground is known from the records
 before anything is read, so the row is allocated once and every volume is decoded into the same
 memory of its thread and gathered from there while it is in the processor's cache; a flip is a
-matter of indices. Only for whole studies without labels whose records tell, `can_pack_directly`.
+matter of indices. Only where the records tell enough, see `plan_direct_pack`.
 """
 
 import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -42,51 +43,31 @@ class StudyRequest:
     """Axes flipped, for every draw."""
 
 
-def can_pack_directly(request: StudyRequest, patch_vox: Vox3, *, drop_empty: bool) -> bool:
-    """Say whether the tokens of a study follow from its record exactly.
-
-    Args:
-        request: What is asked for.
-        patch_vox: Voxels of a patch along i, j, k.
-        drop_empty: Whether patches without foreground are left out.
-    """
-    record = request.record
-    if any(request.flips) and not _is_whole(record, patch_vox):
-        return False
-    if not drop_empty:
-        return True
-    if any(n % BLOCK_VOX for n in (*record.shape, *patch_vox)):
-        return False
-    if not all(v.occupancy for v in record.volumes if v.contrast in request.contrasts):
-        return False
-    counts_V = occupied_patches(record, request.contrasts, patch_vox).sum(axis=(1, 2, 3))
-    return bool((counts_V >= MIN_PATCHES).all())
-
-
 class DirectPack:
     """A pack under construction: `read` every request, in any threads, then `finish`.
 
+    Made by `plan_direct_pack`.
+
     Args:
         store: Where the studies are read from.
-        requests: In the order of the pack; every one passes `can_pack_directly`.
+        requests: In the order of the pack.
+        parts: Per request, what of it is kept for every draw.
         patch_vox: Voxels of a patch along i, j, k.
-        drop_empty: Leave out patches that are all code 0 in their volume.
     """
 
     def __init__(
         self,
         store: SlabStore,
         requests: Sequence[StudyRequest],
+        parts: Sequence[list[StudyTokens]],
         patch_vox: Vox3,
-        *,
-        drop_empty: bool = True,
     ) -> None:
         self._store = store
         self._requests = tuple(requests)
         self._patch_vox = patch_vox
-        self._parts = [_parts(request, patch_vox, drop_empty) for request in requests]
-        lengths = [sum(part.num_tokens for part in parts) for parts in self._parts]
-        self._start_S = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+        self._parts = tuple(parts)
+        lengths = [sum(part.num_tokens for part in draws) for draws in parts]
+        self._start_S = [0, *accumulate(lengths)]
         self._lock = threading.Lock()
         self._codes_TP: npt.NDArray[np.int16] | None = None
 
@@ -151,15 +132,49 @@ class DirectPack:
         return found
 
 
-def _parts(request: StudyRequest, patch_vox: Vox3, drop_empty: bool) -> list[StudyTokens]:
-    """Return what of a study is kept, per draw."""
+def plan_direct_pack(
+    store: object, requests: Sequence[StudyRequest], patch_vox: Vox3, *, drop_empty: bool = True
+) -> DirectPack | None:
+    """Plan a pack of whole studies, without labels, from their records.
+
+    Args:
+        store: Where the studies are read from.
+        requests: In the order of the pack; at least one.
+        patch_vox: Voxels of a patch along i, j, k.
+        drop_empty: Leave out patches that are all code 0 in their volume.
+
+    Returns:
+        The plan; None if the store cannot hand out slabs or the tokens of a study do not follow
+        from its record: patches that are not made of whole occupancy blocks, a volume almost
+        without foreground, a flip of a box that is not made of whole patches.
+    """
+    if not isinstance(store, SlabStore):
+        return None
+    parts = []
+    for request in requests:
+        draws = _draws(request, patch_vox, drop_empty)
+        if draws is None:
+            return None
+        parts.append(draws)
+    return DirectPack(store, requests, parts, patch_vox)
+
+
+def _draws(request: StudyRequest, patch_vox: Vox3, drop_empty: bool) -> list[StudyTokens] | None:
+    """Return what of a study is kept, per draw; None if its record does not tell."""
     record = request.record
     volumes = tuple(v for v in record.volumes if v.contrast in request.contrasts)
     grid = patch_grid(record.shape, patch_vox)
+    if any(request.flips) and not _is_whole(record, patch_vox):
+        return None
+    bits = np.ones((len(volumes), *grid), dtype=np.bool_)
     if drop_empty:
+        if any(n % BLOCK_VOX for n in (*record.shape, *patch_vox)):
+            return None
+        if not all(volume.occupancy for volume in volumes):
+            return None
         bits = occupied_patches(record, request.contrasts, patch_vox)
-    else:
-        bits = np.ones((len(volumes), *grid), dtype=np.bool_)
+        if bits.sum(axis=(1, 2, 3)).min() < MIN_PATCHES:
+            return None
     assert bits.shape[1:] == grid, (bits.shape, grid)
     return [
         StudyTokens(

@@ -11,12 +11,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 
-from anycontrast_datasets.augment import StudyView, augment_study
+import numpy as np
+
+from anycontrast_datasets.augment import StudyView, augment_study, choose_flips
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.order import study_rng
 from anycontrast_datasets.pack import pack_studies
+from anycontrast_datasets.pack_direct import DirectPack, StudyRequest, plan_direct_pack
 from anycontrast_datasets.quarantine import Damage, Quarantine, damage_from
 from anycontrast_datasets.step_plan import SUBSTITUTE_REPEAT, Serving, Servings
+from anycontrast_datasets.store.byte_source import UNREACHABLE
 from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.store.volume_index import LABEL_MEMBER
 from anycontrast_datasets.stream_config import StreamConfig
@@ -83,24 +87,58 @@ class PackReader:
         Returns:
             The pack to come; its errors are the store's.
         """
-        reads = [pool.submit(self._read, serving) for serving in pack]
-        # When the packing task runs, its studies are being read by other threads or are done: the
-        # pool starts work in the order of submission, so it never waits for a place in the pool.
-        return pool.submit(self._pack, step, pack, reads, others)
+        plan = pool.submit(self._plan, pack)
+        reads = [pool.submit(self._read_into, plan, n, pack[n]) for n in range(len(pack))]
+        # When a task runs, those it waits for are being run by other threads or are done: the pool
+        # starts work in the order of submission, so it never waits for a place in the pool.
+        return pool.submit(self._pack, step, pack, plan, reads, others)
+
+    def _plan(self, pack: Sequence[Serving]) -> DirectPack | None:
+        """Plan to read straight into the pack, where that gives the same tokens."""
+        config = self._config
+        if config.crop_vox is not None or config.labels:
+            return None
+        requests = [
+            StudyRequest(
+                index=serving.index,
+                record=serving.record,
+                contrasts=serving.contrasts,
+                epoch=serving.epoch,
+                draws=tuple(serving.draws),
+                flips=tuple(
+                    choose_flips(config.flip_axes, self._rng(serving, draw))
+                    for draw in serving.draws
+                ),
+            )
+            for serving in pack
+        ]
+        return plan_direct_pack(
+            self._store, requests, self._patch_vox, drop_empty=config.drop_empty
+        )
+
+    def _read_into(
+        self, plan: Future[DirectPack | None], number: int, serving: Serving
+    ) -> list[StudyView]:
+        """Read a study into its place in the pack, or return it to be packed."""
+        direct = plan.result()
+        if direct is None:
+            return self._read(serving)
+        self._refuse_known(serving, serving.contrasts)
+        direct.read(number)
+        return []
 
     def _read(self, serving: Serving) -> list[StudyView]:
         """Read a study once and augment it once per draw."""
         config = self._config
         label = config.labels and serving.record.has_label
-        members = (*serving.contrasts, LABEL_MEMBER) if label else serving.contrasts
-        known = self._quarantine.find(serving.index, members)
-        if known is not None:
-            raise ShardError(known.reason)
+        self._refuse_known(
+            serving, (*serving.contrasts, LABEL_MEMBER) if label else serving.contrasts
+        )
         arrays = self._store.read(serving.index, contrasts=serving.contrasts, label=label)
         return [
             augment_study(
                 arrays,
-                study_rng(self._seed, serving.epoch, serving.record.study_id, "augment", draw=draw),
+                self._rng(serving, draw),
                 flip_axes=config.flip_axes,
                 crop_vox=config.crop_vox,
                 foreground_crop_fraction=config.foreground_crop_fraction,
@@ -108,24 +146,41 @@ class PackReader:
             for draw in serving.draws
         ]
 
+    def _refuse_known(self, serving: Serving, members: Sequence[str]) -> None:
+        known = self._quarantine.find(serving.index, members)
+        if known is not None:
+            raise ShardError(known.reason)
+
+    def _rng(self, serving: Serving, draw: int) -> np.random.Generator:
+        return study_rng(self._seed, serving.epoch, serving.record.study_id, "augment", draw=draw)
+
     def _pack(
         self,
         step: int,
         pack: Sequence[Serving],
+        plan: Future[DirectPack | None],
         reads: Sequence[Future[list[StudyView]]],
         others: Sequence[Serving],
     ) -> ReadPack:
-        served, views, left_out, damages = [], [], [], []
-        for serving, read in zip(pack, reads, strict=True):
+        direct = plan.result()
+        views, left_out, damages, numbers = [], [], [], []
+        for number, (serving, read) in enumerate(zip(pack, reads, strict=True)):
             try:
                 views.append(read.result())
-                served.append(serving)
+                numbers.append(number)
             except ShardError as error:
-                if self._config.on_corrupt == "stop":
+                # An unreachable store says nothing about the study.
+                if self._config.on_corrupt == "stop" or error.code == UNREACHABLE:
                     raise
                 left_out.append(serving)
                 damages.append(_damage(error, serving, step))
-        batch = self._join(views, served) if served else self._substitute(step, pack, others)
+        served = [pack[number] for number in numbers]
+        if not served:
+            batch = self._substitute(step, pack, others)
+        elif direct is None:
+            batch = self._join(views, served)
+        else:
+            batch = direct.finish(numbers)
         counted = tuple(serving for serving in served if serving.counts)
         missed = tuple(serving for serving in left_out if serving.counts)
         return ReadPack(batch, counted, missed, tuple(damages))
@@ -146,8 +201,9 @@ class PackReader:
         for serving in self._substitutes(pack[0], others):
             try:
                 return self._join([self._read(serving)], [serving])
-            except ShardError:
-                continue
+            except ShardError as error:
+                if error.code == UNREACHABLE:
+                    raise
         raise ShardError(
             f"stream: no study of step {step} can be read, nor any of {_MAX_SUBSTITUTES} others; "
             f"first {pack[0].record.study_id}; are the shards still there?"

@@ -39,6 +39,15 @@ class _Frame:
     def num_blocks(self) -> int:
         return len(self.edges) - 1
 
+    def stop_of(self, first: int, num_bytes: int) -> int:
+        """Return past which block to decode to get `num_bytes` from block `first` on.
+
+        A last block that is not full is laid out differently, and so never decoded by itself.
+        """
+        stop = min(first + -(-num_bytes // self.block_bytes), self.num_blocks)
+        is_odd = self.num_bytes % self.block_bytes and stop == self.num_blocks - 1
+        return stop + 1 if is_odd else stop
+
     def decode(self, first: int, stop: int, out: Bytes) -> int:
         """Decode blocks `first` .. `stop` into the head of `out`; return their bytes."""
         start, end = self.edges[first], self.edges[stop]
@@ -50,8 +59,7 @@ class _Frame:
         else:
             frame = scratch_bytes(body + end - start)
             frame[body:] = self.payload[start:end]
-        block_bytes = min(self.block_bytes, num_bytes)
-        _HEADER.pack_into(frame.data, 0, *self.head, num_bytes, block_bytes, len(frame))
+        _HEADER.pack_into(frame.data, 0, *self.head, num_bytes, self.block_bytes, len(frame))
         offsets = [edge - start + body for edge in self.edges[first:stop]]
         struct.pack_into(f"<{len(offsets)}I", frame.data, HEADER_BYTES, *offsets)
         decode_into(frame.data, out[:num_bytes])
@@ -80,15 +88,14 @@ def decode_slabs(
         for start in range(0, shape[0], planes):
             yield codes_XYZ[start : start + planes]
         return
-    buffer = scratch_array(((slab_bytes + frame.block_bytes) // 2,)).view(np.uint8)
+    buffer = scratch_array(((slab_bytes + 2 * frame.block_bytes) // 2,)).view(np.uint8)
     held, block, left = 0, 0, frame.num_bytes
     while left > 0:
         wanted = min(slab_bytes, left)
-        missing = -(-(wanted - held) // frame.block_bytes)
-        stop = min(block + missing, frame.num_blocks)
-        if stop > block:
+        if held < wanted:
+            stop = frame.stop_of(block, wanted - held)
             held += frame.decode(block, stop, buffer[held:])
-        block = stop
+            block = stop
         yield buffer[:wanted].view(np.int16).reshape(-1, shape[1], shape[2])
         buffer[: held - wanted] = buffer[wanted:held].copy()
         held, left = held - wanted, left - wanted
