@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -61,6 +62,31 @@ def test_a_second_phase_has_its_own_rate(
         now[0] = 110.0
         on_progress(20, 50)
     assert caplog.messages[-1] == "scanning: 20 of 50 files, 2.0 a second, about 15 s left"
+
+
+def test_the_rate_forgets_what_was_there_already(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("anycontrast.log.time.monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), progress("sharding", "studies") as on_progress:
+        on_progress(1000, 2000)
+        for done in range(1001, 1201):
+            now[0] += 1.0
+            on_progress(done, 2000)
+    assert caplog.messages[-1] == ("sharding: 1200 of 2000 studies, 1.0 a second, about 800 s left")
+
+
+def test_a_bar_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    now = [0.0]
+    monkeypatch.setattr("anycontrast.log.time.monotonic", lambda: now[0])
+    with progress("sharding", "studies") as on_progress:
+        now[0] = 2.0
+        on_progress(3, 9)
+    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", terminal.getvalue())
+    assert "3/9 studies 1.5 a second, about 4 s left" in shown
 
 
 def test_on_a_terminal_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

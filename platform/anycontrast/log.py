@@ -7,6 +7,7 @@ command line or a recipe, never on import.
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -17,6 +18,7 @@ OnProgress = Callable[[int, int], None]
 """Called with (done, total); total may grow. A lower `done` than before begins another phase."""
 
 _PLAIN_INTERVAL_S = 5.0
+_RATE_WINDOW_S = 60.0
 # Libraries that announce every action at INFO.
 _CHATTY = ("ray", "DeepSpeed", "fsspec", "aiobotocore", "botocore", "matplotlib", "PIL", "urllib3")
 
@@ -61,7 +63,7 @@ def setup_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
 
 @contextmanager
 def progress(description: str, unit: str) -> Iterator[OnProgress]:
-    """Yield a callback that shows how far a long stage is.
+    """Yield a callback that shows how far a long stage is, how fast, and how long it still takes.
 
     Args:
         description: what is being done, e.g. `sharding`.
@@ -72,21 +74,43 @@ def progress(description: str, unit: str) -> Iterator[OnProgress]:
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TextColumn(unit), Remaining(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None)
-        last_done = 0
+    texts = (TextColumn(unit), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, *texts, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=None, speed="")
+        rate, last_done = _Rate(), 0
 
         def show(done: int, total: int) -> None:
             nonlocal last_done
             if done < last_done:
                 bar.reset(task)
             last_done = done
-            bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total, speed=_speed(rate(done), done, total))
 
         yield show
+
+
+class _Rate:
+    """Items a second over the last minute: what was there already does not count for long."""
+
+    def __init__(self) -> None:
+        self._seen = deque([(time.monotonic(), 0)])
+
+    def __call__(self, done: int) -> float:
+        now_s = time.monotonic()
+        if done < self._seen[-1][1]:
+            self._seen = deque([(now_s, done)])
+        self._seen.append((now_s, done))
+        while len(self._seen) > 2 and self._seen[1][0] <= now_s - _RATE_WINDOW_S:
+            self._seen.popleft()
+        first_s, first = self._seen[0]
+        return (done - first) / max(now_s - first_s, 1e-9)
+
+
+def _speed(rate: float, done: int, total: int) -> str:
+    left_s = (total - done) / rate if rate > 0 else 0.0
+    return f"{rate:.1f} a second" + (f", about {left_s:.0f} s left" if left_s > 0 else "")
 
 
 class _PlainProgress:
@@ -94,25 +118,18 @@ class _PlainProgress:
 
     def __init__(self, description: str, unit: str) -> None:
         self.description, self.unit = description, unit
-        self._start_s = self._last_s = time.monotonic()
-        self._last_done = 0
+        self._rate, self._last_s = _Rate(), time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        now_s = time.monotonic()
-        if done < self._last_done:
-            self._start_s = now_s
-        self._last_done = done
+        now_s, rate = time.monotonic(), self._rate(done)
         if done < total and now_s - self._last_s < _PLAIN_INTERVAL_S:
             return
         self._last_s = now_s
-        rate = done / max(now_s - self._start_s, 1e-9)
-        left = f", about {(total - done) / rate:.0f} s left" if 0 < done < total else ""
         logger.info(
-            "%s: %d of %d %s, %.1f a second%s",
+            "%s: %d of %d %s, %s",
             self.description,
             done,
             total,
             self.unit,
-            rate,
-            left,
+            _speed(rate, done, total),
         )
