@@ -99,9 +99,13 @@ def intensities(columns: Columns, least: int) -> list[dict[str, Any]]:
         order = sorted(range(len(sites)), key=lambda i: (-counts[i], int(sites[i])))
         rows: list[dict[str, Any]] = []
         more = 0
-        for site in (int(sites[i]) for i in order):
+        for place in order:
+            if len(rows) >= MAX_SITES or counts[place] < least:
+                more += 1
+                continue
+            site = int(sites[place])
             here = chosen & (site_V == site)
-            if len(rows) >= MAX_SITES or len(np.unique(columns.person_V[here])) < least:
+            if len(np.unique(columns.person_V[here])) < least:
                 more += 1
                 continue
             label = labels[site] or "not known"

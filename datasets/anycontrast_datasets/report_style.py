@@ -82,7 +82,7 @@ nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:12px;
  margin:20px 0 0;padding:0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
-.tile dt{color:var(--soft);font-size:13px}
+.tile .hid-n{font-size:18px}.tile dt{color:var(--soft);font-size:13px}
 .tile dd{margin:0;font-size:25px;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;
  margin-top:14px}
