@@ -19,7 +19,7 @@ from anycontrast_datasets.order import study_rng
 from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.pack_direct import DirectPack, StudyRequest, plan_direct_pack
 from anycontrast_datasets.quarantine import Damage, Quarantine, damage_from
-from anycontrast_datasets.step_plan import SUBSTITUTE_REPEAT, Serving, Servings
+from anycontrast_datasets.step_plan import SUBSTITUTE_REPEAT, Place, Serving, Servings
 from anycontrast_datasets.store.byte_source import UNREACHABLE
 from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.store.volume_index import LABEL_MEMBER
@@ -74,19 +74,20 @@ class PackReader:
         self._quarantine = quarantine
 
     def submit(
-        self, pool: Executor, step: int, pack: Sequence[Serving], others: Sequence[Serving]
+        self, pool: Executor, step: int, places: Sequence[Place], others: Sequence[Place]
     ) -> Future[ReadPack]:
         """Start reading a pack.
 
         Args:
             pool: Its threads start work in the order of submission.
             step: Global step.
-            pack: What the pack is made of.
-            others: The servings of the step's other packs, of which a substitute may be taken.
+            places: What the pack is made of.
+            others: The places of the step's other packs, of which a substitute may be taken.
 
         Returns:
             The pack to come; its errors are the store's.
         """
+        pack = [self._servings.make(place) for place in places]
         plan = pool.submit(self._plan, pack)
         reads = [pool.submit(self._read_into, plan, n, pack[n]) for n in range(len(pack))]
         # When a task runs, those it waits for are being run by other threads or are done: the pool
@@ -160,7 +161,7 @@ class PackReader:
         pack: Sequence[Serving],
         plan: Future[DirectPack | None],
         reads: Sequence[Future[list[StudyView]]],
-        others: Sequence[Serving],
+        others: Sequence[Place],
     ) -> ReadPack:
         direct = plan.result()
         views, left_out, damages, numbers = [], [], [], []
@@ -196,9 +197,9 @@ class PackReader:
         return replace(batch, draws=tuple(draw for serving in served for draw in serving.draws))
 
     def _substitute(
-        self, step: int, pack: Sequence[Serving], others: Sequence[Serving]
+        self, step: int, pack: Sequence[Serving], others: Sequence[Place]
     ) -> PackedBatch:
-        for serving in self._substitutes(pack[0], others):
+        for serving in self._substitutes(pack[0].place, others):
             try:
                 return self._join([self._read(serving)], [serving])
             except ShardError as error:
@@ -209,21 +210,17 @@ class PackReader:
             f"first {pack[0].record.study_id}; are the shards still there?"
         )
 
-    def _substitutes(self, missing: Serving, others: Sequence[Serving]) -> Iterator[Serving]:
+    def _substitutes(self, missing: Place, others: Sequence[Place]) -> Iterator[Serving]:
         """Yield who may stand in for a study, best first, each with draws of its own."""
-        rng = study_rng(
-            self._seed,
-            missing.epoch,
-            missing.record.study_id,
-            "substitute",
-            draw=missing.repeat,
-        )
+        key = str(missing.study)
+        rng = study_rng(self._seed, missing.epoch, key, "substitute", draw=missing.repeat)
         for number in rng.permutation(len(others)):
             other = others[number]
-            yield replace(other, repeat=SUBSTITUTE_REPEAT + other.repeat)
+            repeat = SUBSTITUTE_REPEAT + other.repeat
+            yield self._servings.make(replace(other, repeat=repeat))
         for _ in range(_MAX_SUBSTITUTES):
             study = int(rng.integers(self._num_studies))
-            yield self._servings.make(missing.epoch, study, SUBSTITUTE_REPEAT)
+            yield self._servings.make(Place(missing.epoch, study, SUBSTITUTE_REPEAT))
 
 
 def _damage(error: ShardError, serving: Serving, step: int) -> Damage:

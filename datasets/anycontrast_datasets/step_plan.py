@@ -37,25 +37,44 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Serving:
-    """One study of a step: which one, for which epoch, with which contrasts."""
+class Place:
+    """One study of a step: which one, for which epoch, and for which time in it."""
 
     epoch: int
     study: int
     """Row of the `Selection`."""
+    repeat: int
+    """See `EpochOrder.repeat_N`."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A place with what is read for it."""
+
+    place: Place
     index: int
     """In the store."""
     record: StudyRecord
     contrasts: tuple[str, ...]
     """Chosen before reading, so that a dropped contrast costs no decoding."""
-    repeat: int = 0
-    """See `EpochOrder.repeat_N`."""
     num_draws: int = 1
+    """Copies that go into the pack."""
+
+    @property
+    def epoch(self) -> int:
+        """Epoch it is served for."""
+        return self.place.epoch
+
+    @property
+    def repeat(self) -> int:
+        """See `EpochOrder.repeat_N`."""
+        return self.place.repeat
 
     @property
     def draws(self) -> range:
         """The draw of every copy that goes into the pack, see `PackedBatch.draws`."""
-        return range(self.repeat * self.num_draws, (self.repeat + 1) * self.num_draws)
+        first = self.repeat * self.num_draws
+        return range(first, first + self.num_draws)
 
     @property
     def counts(self) -> bool:
@@ -68,7 +87,7 @@ class StepPlan:
     """The packs of one global step, over all ranks."""
 
     cursor: Cursor
-    packs: tuple[tuple[Serving, ...], ...]
+    packs: tuple[tuple[Place, ...], ...]
     following: Cursor
     finished_epochs: tuple[int, ...]
     """Epochs of which this step serves the last study."""
@@ -97,7 +116,7 @@ class StepPlanner(Protocol):
 
 
 class Servings:
-    """Turns studies of a selection into servings, and knows their cost.
+    """Turns places into servings, and knows their tokens.
 
     Args:
         store: Where records are taken from.
@@ -123,36 +142,32 @@ class Servings:
         self._seed = seed
         self._tokens_N = np.full(len(selection), np.nan)
 
-    def make(self, epoch: int, study: int, repeat: int) -> Serving:
-        """Return one serving of a study."""
+    def make(self, place: Place) -> Serving:
+        """Look up the record of a place, and choose the contrasts that are served."""
         config = self._config
-        index = int(self._selection.index_N[study])
+        index = int(self._selection.index_N[place.study])
         record = self._store.records[index]
         contrasts = tuple(
             c for c in record.contrasts if not config.contrasts or c in config.contrasts
         )
         if config.drop_contrasts:
-            draw = repeat * config.draws_per_study
-            rng = study_rng(self._seed, epoch, record.study_id, "contrasts", draw=draw)
+            draw = place.repeat * config.draws_per_study
+            rng = study_rng(self._seed, place.epoch, record.study_id, "contrasts", draw=draw)
             contrasts = choose_contrasts(contrasts, rng)
-        return Serving(epoch, study, index, record, contrasts, repeat, config.draws_per_study)
+        return Serving(place, index, record, contrasts, config.draws_per_study)
 
-    def epoch_tokens(
-        self, epoch: int, study_N: npt.NDArray[np.int64], repeat_N: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
-        """Estimate the tokens of one copy of many servings: [N].
+    def tokens(self, place: Place) -> float:
+        """Estimate the tokens of one copy of a study.
 
-        A study's tokens are estimated once and kept, unless its contrasts change by the serving.
+        Estimated once per study and kept, unless the contrasts change from serving to serving.
         """
         if self._config.drop_contrasts:
-            pairs = zip(study_N.tolist(), repeat_N.tolist(), strict=True)
-            return np.array([self.tokens(self.make(epoch, *pair)) for pair in pairs])
-        for study in study_N[np.isnan(self._tokens_N[study_N])]:
-            self._tokens_N[study] = self.tokens(self.make(epoch, int(study), 0))
-        return self._tokens_N[study_N]
+            return self._estimate(self.make(place))
+        if np.isnan(self._tokens_N[place.study]):
+            self._tokens_N[place.study] = self._estimate(self.make(place))
+        return float(self._tokens_N[place.study])
 
-    def tokens(self, serving: Serving) -> float:
-        """Estimate the tokens of one copy of a study."""
+    def _estimate(self, serving: Serving) -> float:
         return estimate_tokens(
             serving.record,
             serving.contrasts,
@@ -184,27 +199,24 @@ class CountPlanner:
     def plan(self, cursor: Cursor) -> StepPlan:
         """See `StepPlanner.plan`."""
         num_places = self._order.num_places
-        servings = []
-        for place in range(cursor.offset, cursor.offset + self._studies_per_step):
-            epochs_on, offset = divmod(place, num_places)
-            epoch = cursor.epoch + epochs_on
-            order = self._order.epoch(epoch)
-            study, repeat = int(order.study_N[offset]), int(order.repeat_N[offset])
-            servings.append(self._servings.make(epoch, study, repeat))
+        places = []
+        for number in range(cursor.offset, cursor.offset + self._studies_per_step):
+            epochs_on, offset = divmod(number, num_places)
+            places.append(place_at(self._order, cursor.epoch + epochs_on, offset))
         epochs_on, offset = divmod(cursor.offset + self._studies_per_step, num_places)
         return StepPlan(
             cursor=cursor,
-            packs=self._share(servings),
+            packs=self._share(places),
             following=Cursor(cursor.step + 1, cursor.epoch + epochs_on, offset),
             finished_epochs=tuple(range(cursor.epoch, cursor.epoch + epochs_on)),
         )
 
-    def _share(self, servings: Sequence[Serving]) -> tuple[tuple[Serving, ...], ...]:
+    def _share(self, places: Sequence[Place]) -> tuple[tuple[Place, ...], ...]:
         if self._num_packs == 1:
-            return (tuple(servings),)
-        costs = self._cost([self._servings.tokens(serving) for serving in servings])
+            return (tuple(places),)
+        costs = self._cost([self._servings.tokens(place) for place in places])
         packs = assign_packs(costs.tolist(), self._num_packs)
-        return tuple(tuple(servings[i] for i in pack) for pack in packs)
+        return tuple(tuple(places[i] for i in pack) for pack in packs)
 
     def places_before(self, cursor: Cursor) -> int:
         """See `StepPlanner.places_before`."""
@@ -216,6 +228,12 @@ class CountPlanner:
         """See `StepPlanner.places_from`."""
         order = self._order.epoch(epoch)
         return order.study_N[first_place:], order.repeat_N[first_place:]
+
+
+def place_at(order: StudyOrder, epoch: int, offset: int) -> Place:
+    """Return a place of an epoch by how many come before it."""
+    found = order.epoch(epoch)
+    return Place(epoch, int(found.study_N[offset]), int(found.repeat_N[offset]))
 
 
 def _make_order(selection: Selection, config: StreamConfig, seed: int) -> StudyOrder:

@@ -200,7 +200,7 @@ class StudyStream:
         plan = self._planner.plan(self._next_planned)
         futures = []
         for number in self._own_packs:
-            others = [s for i, pack in enumerate(plan.packs) if i != number for s in pack]
+            others = [p for i, pack in enumerate(plan.packs) if i != number for p in pack]
             futures.append(
                 self._reader.submit(self._pool, plan.cursor.step, plan.packs[number], others)
             )

@@ -15,9 +15,10 @@ from anycontrast_datasets.epoch_plan import EpochPlan, plan_epoch
 from anycontrast_datasets.step_plan import (
     SUBSTITUTE_REPEAT,
     Cursor,
-    Serving,
+    Place,
     Servings,
     StepPlan,
+    place_at,
 )
 from anycontrast_datasets.stream_config import StreamConfig
 
@@ -57,12 +58,12 @@ class TokenPlanner:
 
     def plan(self, cursor: Cursor) -> StepPlan:
         """See `StepPlanner.plan`."""
-        places = self._places(cursor.epoch, cursor.offset)
-        packs = [tuple(self._serving(cursor.epoch, int(p)) for p in pack) for pack in places]
+        offsets = self._offsets(cursor.epoch, cursor.offset)
+        packs = [tuple(self._place(cursor.epoch, int(n)) for n in pack) for pack in offsets]
         # A step of left-over studies has fewer packs than ranks want: the first places of the
         # epoch are served once more, with draws of their own, and not counted.
-        for place in range(self._config.packs_per_step - len(packs)):
-            again = self._serving(cursor.epoch, place)
+        for offset in range(self._config.packs_per_step - len(packs)):
+            again = self._place(cursor.epoch, offset)
             packs.append((replace(again, repeat=SUBSTITUTE_REPEAT + again.repeat),))
         is_last = cursor.offset + 1 == self._num_steps(cursor.epoch)
         ahead = (cursor.epoch + 1, 0) if is_last else (cursor.epoch, cursor.offset + 1)
@@ -76,7 +77,7 @@ class TokenPlanner:
     def places_before(self, cursor: Cursor) -> int:
         """See `StepPlanner.places_before`."""
         steps = range(cursor.offset)
-        return sum(len(pack) for step in steps for pack in self._places(cursor.epoch, step))
+        return sum(len(pack) for step in steps for pack in self._offsets(cursor.epoch, step))
 
     def places_from(
         self, epoch: int, first_place: int
@@ -86,15 +87,14 @@ class TokenPlanner:
         places = np.concatenate((plan.positions, plan.left_over))[first_place:]
         return order.study_N[places], order.repeat_N[places]
 
-    def _places(self, epoch: int, step: int) -> list[npt.NDArray[np.int64]]:
+    def _offsets(self, epoch: int, step: int) -> list[npt.NDArray[np.int64]]:
         plan = self._plan(epoch)
         if step < plan.num_steps:
             return plan.step(step)
-        return [place[None] for place in plan.left_over]
+        return [offset[None] for offset in plan.left_over]
 
-    def _serving(self, epoch: int, place: int) -> Serving:
-        order = self._order.epoch(epoch)
-        return self._servings.make(epoch, int(order.study_N[place]), int(order.repeat_N[place]))
+    def _place(self, epoch: int, offset: int) -> Place:
+        return place_at(self._order, epoch, offset)
 
     def _num_steps(self, epoch: int) -> int:
         plan = self._plan(epoch)
@@ -102,8 +102,8 @@ class TokenPlanner:
 
     def _plan(self, epoch: int) -> EpochPlan:
         if epoch not in self._plans:
-            order = self._order.epoch(epoch)
-            tokens = self._servings.epoch_tokens(epoch, order.study_N, order.repeat_N)
+            places = [self._place(epoch, offset) for offset in range(self._order.num_places)]
+            tokens = [self._servings.tokens(place) for place in places]
             self._plans[epoch] = plan_epoch(
                 tokens,
                 pack_tokens=self._pack_tokens,
@@ -113,7 +113,7 @@ class TokenPlanner:
                 cost=self._config.cost,
                 seed=self._seed,
                 epoch=epoch,
-                name=lambda place: self._serving(epoch, place).record.study_id,
+                name=lambda offset: self._servings.make(places[offset]).record.study_id,
             )
             while len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
