@@ -167,6 +167,16 @@ class Servings:
             self._tokens_N[place.study] = self._estimate(self.make(place))
         return float(self._tokens_N[place.study])
 
+    def epoch_tokens(self, epoch: int) -> npt.NDArray[np.float64]:
+        """Return `tokens` of every place of an epoch: [N]."""
+        study_N = self.order.epoch(epoch).study_N
+        if self._config.drop_contrasts:
+            places = (place_at(self.order, epoch, offset) for offset in range(len(study_N)))
+            return np.array([self.tokens(place) for place in places])
+        for study in study_N[np.isnan(self._tokens_N[study_N])].tolist():
+            self.tokens(Place(epoch, study, 0))
+        return self._tokens_N[study_N]
+
     def _estimate(self, serving: Serving) -> float:
         return estimate_tokens(
             serving.record,

@@ -102,10 +102,8 @@ class TokenPlanner:
 
     def _plan(self, epoch: int) -> EpochPlan:
         if epoch not in self._plans:
-            places = [self._place(epoch, offset) for offset in range(self._order.num_places)]
-            tokens = [self._servings.tokens(place) for place in places]
             self._plans[epoch] = plan_epoch(
-                tokens,
+                self._servings.epoch_tokens(epoch),
                 pack_tokens=self._pack_tokens,
                 packs_per_step=self._config.packs_per_step,
                 pool_studies=self._config.pool_studies,
@@ -113,7 +111,7 @@ class TokenPlanner:
                 cost=self._config.cost,
                 seed=self._seed,
                 epoch=epoch,
-                name=lambda offset: self._servings.make(places[offset]).record.study_id,
+                name=lambda n: self._servings.make(self._place(epoch, n)).record.study_id,
             )
             while len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
