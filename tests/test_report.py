@@ -343,6 +343,27 @@ def test_more_sets_than_fit_are_counted_together(
     assert found["other"] == {"sets": 57, "studies": 171}
 
 
+def test_intensities_are_medians_per_site(report_on: Callable[..., dict[str, Any]]) -> None:
+    studies = [
+        make_study(i, site="ab"[i % 2], volumes={"intensity": (1.0 + i % 2, 10.0 + i, 400.0)})
+        for i in range(30)
+    ]
+    studies += [make_study(i, ("FLAIR",), volumes={"intensity": None}) for i in range(30, 45)]
+    assert report_on(studies)["intensities"] == [
+        {
+            "name": "T1w",
+            "all": {"p1": 1.5, "p50": 24.5, "p99": 400.0},
+            "sites": [
+                {"site": "a", "p1": 1.0, "p50": 24.0, "p99": 400.0},
+                {"site": "b", "p1": 2.0, "p50": 25.0, "p99": 400.0},
+            ],
+            "more_sites": 0,
+        }
+    ]
+    unknown = report_on([make_study(i) for i in range(12)])["intensities"][0]
+    assert (unknown["sites"], unknown["more_sites"]) == ([], 0)
+
+
 def test_a_manifest_of_few_people_says_almost_nothing(
     report_on: Callable[..., dict[str, Any]],
 ) -> None:

@@ -100,7 +100,7 @@ def upset(contrasts: Sequence[Row], sets: Row) -> str:
 
 def _set_sizes(contrasts: Sequence[Row]) -> str:
     """Bars of studies per contrast, over the slanted names of the columns."""
-    bar_px, label_px = 52, 62
+    bar_px, label_px = 52, 66
     width = COLUMN_PX * len(contrasts)
     counts = [row["studies"] for row in contrasts]
     largest = max((n for n in counts if isinstance(n, int)), default=1)

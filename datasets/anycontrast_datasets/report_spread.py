@@ -90,6 +90,7 @@ def intensities(columns: Columns, least: int) -> list[dict[str, Any]]:
     known = np.isfinite(columns.intensity_V3).all(axis=1)
     site_V = columns.site.codes[columns.study_V]
     labels = short_names(columns.site.names)
+    is_any_known = any(columns.site.names)
     found = []
     for code, name in enumerate(CONTRAST_NAMES):
         chosen = known & (columns.contrast.codes == code)
@@ -99,7 +100,7 @@ def intensities(columns: Columns, least: int) -> list[dict[str, Any]]:
         order = sorted(range(len(sites)), key=lambda i: (-counts[i], int(sites[i])))
         rows: list[dict[str, Any]] = []
         more = 0
-        for place in order:
+        for place in order if is_any_known else ():
             if len(rows) >= MAX_SITES or counts[place] < least:
                 more += 1
                 continue

@@ -91,19 +91,19 @@ nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 .card.wide{grid-column:1/-1}.column{display:grid;gap:16px;align-content:start;min-width:0}
 .scroll{overflow-x:auto}
 .warn{background:var(--warn-bg);color:var(--warn);border-radius:8px;padding:10px 14px;
- margin:14px 0 0;max-width:none}
+ margin:14px 0;max-width:none}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 .unit{color:var(--soft);font-weight:400;margin-left:4px}
 caption{text-align:left;font-size:14px;font-weight:600;padding:0 0 10px}
 th{font-weight:500;text-align:left}
 thead th{color:var(--soft);font-size:12.5px;font-weight:500;padding:0 0 6px;white-space:nowrap}
 td,tbody th{padding:3px 0;vertical-align:middle}
-td.n,th.n{text-align:right;padding-left:14px;white-space:nowrap}
-tbody th{padding-right:14px}tbody th>span{display:inline-block;max-width:24ch;
+td.n,th.n{text-align:right;padding-left:12px;white-space:nowrap}
+tbody th{padding-right:14px}tbody th>span{display:inline-block;max-width:20ch;
  overflow:hidden;text-overflow:ellipsis;white-space:nowrap;vertical-align:bottom}
 
 td.words{padding-left:18px;color:var(--soft);font-size:13.5px;min-width:210px}
-th.w{padding-left:18px}td.bar{width:45%;min-width:64px}
+th.w{padding-left:18px}td.bar{width:45%;min-width:48px}
 .b{display:block;height:13px;border-radius:2px;background:var(--c,var(--bar));min-width:2px}
 .b.hid{width:22px!important;background:repeating-linear-gradient(135deg,var(--soft) 0 1.5px,
  transparent 1.5px 5px)}
