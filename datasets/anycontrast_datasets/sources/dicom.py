@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from anycontrast_datasets.contrast_votes import guess_from_description
@@ -20,7 +21,7 @@ from anycontrast_datasets.sources.dicom_header import Instance, read_instance
 from anycontrast_datasets.sources.dicom_listing import list_files
 from anycontrast_datasets.sources.dicom_series import Stack, find_stacks
 from anycontrast_datasets.sources.grouping import build_studies
-from anycontrast_datasets.study import Study, VolumeError
+from anycontrast_datasets.study import ManifestError, Study, VolumeError
 
 # Shares of the work, for the progress: headers, conversion, inspection.
 _PHASES = 3
@@ -38,8 +39,14 @@ def scan_dicom(
         stands_for: gets, for the location of each converted volume, the files it was made of.
 
     Raises:
-        ManifestError: the folder is missing or cannot be listed, or the converter is missing.
+        ManifestError: the folder is missing or cannot be listed, or the parser or the converter is
+            not installed.
     """
+    if find_spec("pydicom") is None:
+        raise ManifestError(
+            f"scanning {root}: reading DICOM needs the package pydicom, which is not installed; "
+            "install anycontrast with its training extra"
+        )
     locations, refused = list_files(root)
     yield from refused
     progress = _Progress(options.on_progress, len(locations))
