@@ -1,5 +1,6 @@
 """Folders of DICOM scanned as a user does it: every file accounted for, volumes reused."""
 
+import errno
 import gzip
 import shutil
 import sys
@@ -314,6 +315,21 @@ def test_a_folder_without_files_keeps_earlier_results(
         scan()
     assert (tmp_path / "out/manifest.parquet").is_file()
     assert len(list((tmp_path / "out/private/converted").rglob("*.nii.gz"))) == 1
+
+
+def test_a_full_disk_is_one_clear_line_and_the_next_scan_goes_on(
+    write_dicom: Callable[..., Any], scan: Callable[..., ScanSummary], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_dicom(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        patch.setattr(dicom_convert, "write_volume", full)
+        with pytest.raises(ManifestError, match="No space left on device"):
+            scan()
+    assert scan().accepted == 24
 
 
 @pytest.mark.parametrize("package", ["pydicom", "dcm2niix"])

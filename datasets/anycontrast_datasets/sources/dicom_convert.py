@@ -91,7 +91,18 @@ def convert(stack: Stack, study_id: str, root: Path, converter: Converter) -> Pa
 
     Raises:
         VolumeError: see `code`; the message names no file and quotes no header.
+        ManifestError: the folder cannot be written to.
     """
+    try:
+        return _convert(stack, study_id, root, converter)
+    except OSError as error:
+        raise ManifestError(
+            f"converting DICOM into {converter.folder}: cannot write ({error.strerror}); make room "
+            "or correct the permissions, then scan again: what is converted is kept"
+        ) from error
+
+
+def _convert(stack: Stack, study_id: str, root: Path, converter: Converter) -> Path:
     assert _NAME.fullmatch(study_id), "folders are named by pseudonyms only"
     target = converter.folder / study_id / f"{_content_name(stack, converter)}.nii.gz"
     if _is_whole(target):
