@@ -67,17 +67,18 @@ def report(config: "Config", manifest: Path | None = None) -> dict[str, Any]:
     Raises:
         ManifestError: there is no usable manifest.
     """
+    from anycontrast.shards import shards_location
     from anycontrast_datasets.report import MIN_CELL, write_report
 
-    shards = None
+    shards, synthetic = None, False
     if manifest is None:
         manifest, out = config.paths.manifest, config.paths.report / "dataset.html"
-        if (config.paths.shards / "dataset.json").is_file():
-            shards = config.paths.shards
+        synthetic = config.scan.source == "phantom"
+        if config.store.location is not None or (config.paths.shards / "dataset.json").is_file():
+            shards = shards_location(config)
     else:
         manifest = manifest.parent if manifest.is_file() else manifest
         out = manifest / "report.html"
-    synthetic = shards is not None and config.scan.source == "phantom"
     min_cell = config.report.min_cell or (1 if synthetic else MIN_CELL)
     out = out if config.report.out is None else Path(config.report.out)
     result = write_report(

@@ -128,6 +128,17 @@ def _withdraw(words: list[str], overrides: list[str]) -> object:
     return withdraw(load_config(path, overrides), words[0])
 
 
+def _view(words: list[str], overrides: list[str]) -> object:
+    if not words:
+        raise UsageError("expected STUDY, got nothing")
+    path = _config_file(words[1:])
+    from anycontrast.training.config import load_config
+    from anycontrast.view import run_view
+
+    config = load_config(path, overrides)
+    return run_view(config, words[0], config.view)
+
+
 def _plan(words: list[str], overrides: list[str]) -> object:
     path = _config_file(words)
     from anycontrast.data_stages import plan
@@ -182,6 +193,12 @@ VERBS = {
         _report,
         ("report",),
     ),
+    "view": Verb(
+        "STUDY [CONFIG] [key=value ...]",
+        "a picture of a study, its patches and mask",
+        _view,
+        ("view",),
+    ),
     "plan": Verb(
         _RUN, "tokens, memory, disk, steps and hours, before anything runs", _plan, ("plan",)
     ),
@@ -209,5 +226,5 @@ VERBS = {
         _predict,
         ("predict",),
     ),
-    "bench": Verb(f"{' | '.join(BENCHES)} [key=value ...]", "measure here, in one run", _bench),
+    "bench": Verb("NAME [key=value ...]", f"measure, in one run: {', '.join(BENCHES)}", _bench),
 }

@@ -25,6 +25,7 @@ from anycontrast.release.predict import PredictConfig
 from anycontrast.shards import StoreConfig
 from anycontrast.training.finetune import FinetuneConfig
 from anycontrast.training.pretrain import PretrainConfig
+from anycontrast.view import ViewConfig
 from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.scan import ScanConfig
 from anycontrast_datasets.shard import ShardConfig
@@ -46,6 +47,8 @@ _WHEREABOUTS = (
     "store.cache.folder",
     "report.out",
     "croissant.out",
+    "view.out",
+    "view.table",
 )
 """Keys that say where things are, or what else must not travel with a checkpoint."""
 
@@ -123,6 +126,7 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     zarr: ZarrConfig = field(default_factory=ZarrConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    view: ViewConfig = field(default_factory=ViewConfig)
     croissant: CroissantConfig = field(default_factory=CroissantConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     model: AMAEConfig = field(default_factory=AMAEConfig)
