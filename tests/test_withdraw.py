@@ -41,14 +41,18 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source="phantom", root=str(folder / "source"), check_pictures=False, phantom=phantom
     )
     run_scan(plain, folder / "plain")
-    scan = ScanConfig(
-        source="bids", dataset="made", root=str(folder / "source"), check_pictures=False
-    )
-    run_scan(scan, folder / "manifest")
+    run_scan(bids(folder), folder / "manifest")
     run_shard(folder / "manifest", folder / "shards", PREPARE, CONFIG)
     fingerprint = open_store(folder / "shards").fingerprint
     write_models(folder / "models", fingerprint)
     return folder
+
+
+def bids(folder: Path) -> ScanConfig:
+    """Scan the phantom's files as if they were people's."""
+    return ScanConfig(
+        source="bids", dataset="made", root=str(folder / "source"), check_pictures=False
+    )
 
 
 def write_models(folder: Path, fingerprint: str) -> None:
@@ -198,6 +202,16 @@ def test_the_id_of_the_source_will_do_if_the_key_is_there(folder: Path, spelling
         text = (folder / "manifest" / "private" / name).read_text()
         assert not re.search(r"sub-0002|\b0002\b", text)
     assert withdraw(folder, spelling) == withdraw(folder, expected)
+
+
+def test_a_later_scan_leaves_the_subject_out(folder: Path, pristine: Path) -> None:
+    subject = subjects_of(folder)[4]
+    withdraw(folder, subject)
+    before = content(folder / "shards")
+    run_scan(bids(pristine), folder / "manifest")
+    assert subjects_of(folder) == [name for name in subjects_of(pristine) if name != subject]
+    assert run_shard(folder / "manifest", folder / "shards", PREPARE, CONFIG).num_prepared == 0
+    assert content(folder / "shards") == before
 
 
 def test_a_subject_that_is_not_there_changes_nothing(folder: Path) -> None:

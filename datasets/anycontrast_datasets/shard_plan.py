@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from anycontrast_datasets.contrast import contrast_entry
 from anycontrast_datasets.disk import write_checked
+from anycontrast_datasets.face import FACE_CONTRASTS
 from anycontrast_datasets.ledger import Refusal, refuse
 from anycontrast_datasets.prepare import PREPARE_VERSION
 from anycontrast_datasets.record_json import RECORD_SCHEMA_VERSION
@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 LAYOUT_NAME = "layout.json"
 SHARD_NAME = re.compile(r"shard-[0-9]{6,}\.tar")
-FACELESS_FAMILIES = frozenset({"diffusion", "diffusion_map", "perfusion"})
-"""Too coarse for a face: 0 to 2 % of such volumes could be matched to a photograph."""
-FACELESS = frozenset({"b0"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +133,8 @@ def admit(
 
 
 def shows_face(volume: Volume) -> bool:
-    """Say whether a volume is known to show a face and is fine enough to tell whose."""
-    if volume.face != "present" or volume.contrast in FACELESS:
-        return False
-    return contrast_entry(volume.contrast).family not in FACELESS_FAMILIES
+    """Say whether a volume is known to show a face, in a contrast that tells whose."""
+    return volume.face == "present" and volume.contrast in FACE_CONTRASTS
 
 
 def read_layout(folder: Path) -> Layout | None:

@@ -37,7 +37,7 @@ def run_on_ray(
     ray = load_ray()
     total, finished, last = sum(len(task.studies) for task in tasks), 0, -1
     receipts: dict[int, ShardReceipt] = {}
-    with _cluster(num_workers):
+    with ray_cluster(num_workers):
         remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_build_told)
         waiting = list(enumerate(tasks))[::-1]
         running: dict[Any, tuple[int, ShardTask]] = {}
@@ -120,10 +120,9 @@ def _result(reference: Any, task: ShardTask) -> ShardReceipt | ShardTask:
 
 
 @contextmanager
-def _cluster(num_workers: int) -> Iterator[None]:
+def ray_cluster(num_workers: int) -> Iterator[None]:
     """Use the Ray this process is in or `RAY_ADDRESS` names; else a local one, ended afterwards."""
-    import ray
-
+    ray = load_ray()
     if ray.is_initialized():
         yield
         return

@@ -281,7 +281,7 @@ def _drop_rows(path: Path, names: Collection[str]) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     columns = [n for n, name in enumerate(rows[0] if rows else []) if name.endswith("_id")]
-    kept = [row for row in rows if not any(row[n] in names for n in columns if n < len(row))]
+    kept = [r for r in rows if not any(r[n].lstrip("'") in names for n in columns if n < len(r))]
     if len(kept) < len(rows):
         write_atomically(path, _csv_bytes(kept), mode=0o600)
 
