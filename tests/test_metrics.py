@@ -94,3 +94,26 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     events.Reload()
     scalars = events.Scalars("loss/contrast/FLAIR")
     assert [(event.step, event.value) for event in scalars] == [(1, 0.5), (2, 0.25)]
+
+
+def test_the_mix_is_a_share_of_studies_over_all_steps_and_only_frequent_sets_are_logged() -> None:
+    meter = Meter()
+    sets = {f"set/{n}": 100 - n for n in range(30)}
+    for mix in ({"dataset/a": 30, "contrast/T1w": 40, **sets}, {"dataset/a": 10, "dataset/b": 60}):
+        meter.add_step([], [], data_wait_s=0.0, is_applied=True, mix=mix)
+    values = meter.flush()
+    assert values["mix/dataset/a"] == 0.4
+    assert values["mix/dataset/b"] == 0.6
+    assert values["mix/contrast/T1w"] == 0.4
+    logged = {name for name in values if name.startswith("mix/set/")}
+    assert logged == {f"mix/set/{n}" for n in range(20)}
+    assert not any(name.startswith("mix/") for name in meter.flush())
+
+
+def test_the_wait_is_a_share_of_the_time_too() -> None:
+    meter = Meter()
+    meter.add_step([], [], data_wait_s=0.0, is_applied=True)
+    assert meter.flush()["data_wait_share"] == 0.0
+    own = {"sums": {}, "tokens": 0, "studies": 0, "memory_bytes": 0, "mix": Counter()}
+    ranks = [{**own, "wait_s": 0.1, "waited_s": w, "elapsed_s": e} for w, e in ((1, 4), (2, 3))]
+    assert metrics._combine(ranks)["data_wait_share"] == 0.5

@@ -202,36 +202,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_damaged_study_is_left_out_logged_and_shown_in_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretrain, "open_shards", lambda config: damaged_store(1, 6))
-    config = skipping_config(tmp_path, max_corrupt_fraction=0.25)
-    stops = iter([False, False, True])
-    with pytest.raises(TrainingInterrupted):
-        pretrain_worker(config, stop_requested=lambda: next(stops))
-    folder = config.paths.pretrain
-    # What a run wrote after its newest checkpoint, and died, is written anew.
-    with (folder / "audit.jsonl").open("a") as lines:
-        lines.write(json.dumps({"step": 4, "epoch": 1}) + "\n")
-    assert pretrain_worker(config)["quarantined_studies"] == 2
-    found = read_lines(folder / "quarantine.jsonl")
-    assert [line["study_id"] for line in found] == ["phantom-0001-1", "phantom-0006-1"]
-    assert {(line["shard"], line["member"]) for line in found} == {("0.tar", "T1w")}
-    audits = read_lines(folder / "audit.jsonl")
-    assert [(a["epoch"], a["step"], a["served"], a["quarantined"]) for a in audits] == [
-        (0, 2, 6, 2),
-        (1, 4, 6, 2),
-    ]
-    assert audits[0]["served_hash"] != audits[1]["served_hash"]
-    _, state = load_weights(folder / "checkpoints")
-    assert state["stream"]["quarantine"]["num"] == 2
-    (first, *_) = read_metrics(folder / "metrics.jsonl")
-    assert first["mix/dataset/test"] == 1.0
-    assert 0 <= first["data_wait_share"] <= 1
-    assert pretrain_worker(config)["quarantined_studies"] == 2
-
-
 @pytest.mark.usefixtures("_store")
 def test_init_from_takes_weights_and_refuses_another_model(tmp_path: Path) -> None:
     first = make_config(tmp_path / "first", steps=2)

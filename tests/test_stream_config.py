@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from anycontrast_datasets.mixing import MixingConfig
 from anycontrast_datasets.stream import StreamConfig
 
 
@@ -20,9 +21,26 @@ def test_config_comes_back_from_yaml_and_overrides_with_its_types() -> None:
     assert OmegaConf.to_object(merged) == expected
 
 
+def test_mixing_weights_come_from_yaml_and_overrides() -> None:
+    merged = OmegaConf.merge(
+        OmegaConf.structured(StreamConfig),
+        OmegaConf.create({"mixing": {"by_dataset": {"brats-2021": 2}}}),
+        OmegaConf.from_dotlist(["mixing.by_contrast_set.T1w+FLAIR=0.5", "mixing.temperature=2"]),
+    )
+    mixing = MixingConfig(
+        by_dataset={"brats-2021": 2.0}, by_contrast_set={"T1w+FLAIR": 0.5}, temperature=2.0
+    )
+    assert OmegaConf.to_object(merged) == StreamConfig(mixing=mixing)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"pack_tokens": 0}, "pack_tokens must be >= 1, got 0; leave it out"),
+        ({"pool_studies": 0}, "pool_studies must be >= 1"),
+        ({"draws_per_study": 0}, "draws_per_study must be >= 1"),
+        ({"on_corrupt": "ignore"}, "on_corrupt must be stop or skip, got 'ignore'"),
+        ({"max_corrupt_fraction": 1.5}, "max_corrupt_fraction must be in 0 .. 1, got 1.5"),
         ({"studies_per_step": 0}, "studies_per_step must be >= 1, got 0"),
         ({"packs_per_step": 0}, "packs_per_step must be >= 1"),
         ({"packs_per_step": 5}, r"packs_per_step must be <= studies_per_step \(4\), got 5"),

@@ -35,7 +35,8 @@ class MixingConfig:
     """Contrast -> weight of a study that has it. The largest weight among the contrasts served of
     a study counts: a wanted contrast is not outvoted by common ones beside it."""
     by_contrast_set: dict[str, float] = field(default_factory=dict)
-    """`T1w+FLAIR` -> weight of a study of which exactly these contrasts are served, any order."""
+    """`T1w+FLAIR` -> weight of a study of which exactly these contrasts may be served, in any
+    order; before `drop_contrasts` takes its draw."""
     temperature: float = 1.0
     """> 0. A dataset of n studies gets a share in proportion to n^(1 / temperature) before the
     weights: 1 leaves datasets as large as they are, large values make them equal."""
