@@ -22,6 +22,7 @@ from anycontrast_datasets.pack import MIN_PATCHES, occupied_patches
 from anycontrast_datasets.pack_tables import StudyTokens, packed_batch
 from anycontrast_datasets.store.partial import copy_patches, gather_patches, patch_grid
 from anycontrast_datasets.store.reader import SlabStore
+from anycontrast_datasets.store.slots import recycled_bytes
 from anycontrast_datasets.study import StudyRecord
 
 Vox3 = tuple[int, int, int]
@@ -74,6 +75,11 @@ class DirectPack:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def announce(self) -> None:
+        """Let the disk fetch all requests while the first ones are being decoded."""
+        for request in self._requests:
+            self._store.announce(request.index)
+
     def read(self, number: int) -> None:
         """Read one request into its place in the row; may run in several threads at once.
 
@@ -118,8 +124,9 @@ class DirectPack:
     def _row(self) -> npt.NDArray[np.int16]:
         with self._lock:
             if self._codes_TP is None:
-                shape = (self._start_S[-1], math.prod(self._patch_vox))
-                self._codes_TP = np.empty(shape, dtype=np.int16)
+                num_tokens, num_voxels = self._start_S[-1], math.prod(self._patch_vox)
+                memory = recycled_bytes(2 * num_tokens * num_voxels)
+                self._codes_TP = memory.view(np.int16).reshape(num_tokens, num_voxels)
             return self._codes_TP
 
     def _starts(self, number: int) -> list[list[int]]:

@@ -113,9 +113,12 @@ class PackReader:
             )
             for serving in pack
         ]
-        return plan_direct_pack(
+        direct = plan_direct_pack(
             self._store, requests, self._patch_vox, drop_empty=config.drop_empty
         )
+        if direct is not None:
+            direct.announce()
+        return direct
 
     def _read_into(
         self, plan: Future[DirectPack | None], number: int, serving: Serving

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
-
+from anycontrast_datasets.store.slots import recycled_bytes
 from anycontrast_datasets.study import ShardError
 
 SCHEMES = ("file", "s3", "gs", "https", "http", "memory")
@@ -193,6 +192,17 @@ class LocalSource:
         finally:
             os.close(handle)
 
+    def announce(self, name: str, start: int, stop: int) -> None:
+        """Ask the kernel to fetch a range from the disk while something else is being done."""
+        try:
+            handle = os.open(self.root / check_name(name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # The read itself will say what is wrong.
+        try:
+            os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
+
     def read_all(self, name: str, max_bytes: int) -> bytes:
         """See `ByteSource.read_all`."""
         path = self.root / check_name(name)
@@ -223,7 +233,7 @@ def too_large(shown: str, num_bytes: int, max_bytes: int) -> ShardError:
 
 def _pread(handle: int, start: int, stop: int) -> memoryview:
     """Read a byte range whole; a file that ends inside it is an error."""
-    content = np.empty(stop - start, dtype=np.uint8).data
+    content = recycled_bytes(stop - start).data
     done = 0
     while done < len(content):
         got = os.preadv(handle, [content[done:]], start + done)

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-import numpy as np
-
 from anycontrast_datasets.store.byte_source import ByteSource
+from anycontrast_datasets.store.slots import recycled_bytes
 from anycontrast_datasets.study import ShardError
 
 logger = logging.getLogger(__name__)
@@ -266,7 +265,7 @@ def _read_entry(path: Path, start: int, stop: int, num_bytes: int) -> memoryview
         if os.fstat(handle).st_size != num_bytes:
             return None
         os.utime(handle)
-        content = np.empty(stop - start, dtype=np.uint8).data
+        content = recycled_bytes(stop - start).data
         if os.preadv(handle, [content], start) != len(content):
             return None
         return content

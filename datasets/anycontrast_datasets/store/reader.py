@@ -96,6 +96,9 @@ class SlabStore(Protocol):
         the same memory: use one before asking for the next.
         """
 
+    def announce(self, index: int) -> None:
+        """Say that a study will be read soon, so that a disk may begin; returns at once."""
+
 
 def open_store(location: Path | str, *, cache: CacheConfig | None = None) -> StudyStore:
     """Open a sharded data set.

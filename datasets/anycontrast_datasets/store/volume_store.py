@@ -190,6 +190,13 @@ class VolumeStore:
             except ValueError as error:
                 raise ShardError(f"{_where(row)}: {error}; {AGAIN}") from error
 
+    def announce(self, index: int) -> None:
+        """Say that a study will be read soon; see `SlabStore.announce`."""
+        if isinstance(self._source, LocalSource):
+            rows = self._members(index)
+            stop = rows[-1].offset + rows[-1].bytes
+            self._source.announce(rows[-1].shard, rows[0].offset, stop)
+
     def verify(self) -> list[str]:
         """Hash every shard; return one line per shard that is not what was written."""
         return verify_shards(self._origin, self.dataset["shards"])

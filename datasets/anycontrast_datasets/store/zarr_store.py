@@ -173,6 +173,9 @@ class ZarrStore:
             for start in range(0, record.shape[0], planes):
                 yield name, start, codes[start : start + planes]
 
+    def announce(self, index: int) -> None:
+        """Do nothing: chunks are read one by one, and the kernel reads ahead in a shard."""
+
     def verify(self) -> list[str]:
         """Hash every file and compare it with what was written; one line per problem."""
         problems = []
