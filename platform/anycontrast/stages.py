@@ -39,6 +39,7 @@ def scan(config: Config) -> dict[str, Any]:
         ManifestError: nothing to scan, or nothing accepted (the ledger says why).
     """
     from anycontrast_datasets.scan import run_scan
+    from anycontrast_datasets.withdraw import WITHDRAWN_NAME
 
     out = config.paths.manifest
     is_phantom = config.scan.source == "phantom"
@@ -46,7 +47,8 @@ def scan(config: Config) -> dict[str, Any]:
     scanned = replace(config.scan, root=root)
 
     def key() -> str:
-        return _key("scan", asdict(scanned), _listing(root), _digest(config.scan.table))
+        named = (scanned.table, scanned.mapping, str(out / WITHDRAWN_NAME))
+        return _key("scan", asdict(scanned), _listing(root), [_digest(path) for path in named])
 
     def make() -> None:
         unit = "studies, then files" if is_phantom else "files"

@@ -199,9 +199,7 @@ VERBS = {
         _view,
         ("view",),
     ),
-    "plan": Verb(
-        _RUN, "tokens, memory, disk, steps and hours, before anything runs", _plan, ("plan",)
-    ),
+    "plan": Verb(_RUN, "tokens, memory, disk, steps and hours", _plan, ("plan",)),
     "croissant": Verb(
         _RUN, "describe a data set for catalogues", _data_stage("croissant"), ("croissant",)
     ),
@@ -226,5 +224,5 @@ VERBS = {
         _predict,
         ("predict",),
     ),
-    "bench": Verb("NAME [key=value ...]", f"measure, in one run: {', '.join(BENCHES)}", _bench),
+    "bench": Verb("NAME [key=value ...]", "measure: data, stream, codecs, ...", _bench),
 }
