@@ -122,6 +122,8 @@ def test_nothing_of_the_subject_is_left_and_no_other_study_changes(folder: Path)
     converted = folder / "manifest" / "private" / "converted" / min(gone)
     converted.mkdir(parents=True)
     (converted / "volume.nii.gz").write_bytes(b"voxels")
+    table = folder / "manifest" / "private" / "corrected.csv"
+    table.write_text(f"file;study_id;decision\nb.nii;another;FLAIR\na.nii;{min(gone)};T1w\n")
     inspected = folder / "manifest" / "private" / "inspected.jsonl"
     inspected.write_text(f"{subject}")
     ledger = folder / "manifest" / "private" / "ledger.csv"
@@ -141,6 +143,7 @@ def test_nothing_of_the_subject_is_left_and_no_other_study_changes(folder: Path)
             found = [name for name in {subject, *gone} if name.encode() in path.read_bytes()]
             assert not found, f"{path} still names {found}"
     assert not converted.exists() and not inspected.exists() and read_ledger(ledger) == rows
+    assert table.read_text() == "file;study_id;decision\nb.nii;another;FLAIR\n"
     assert not {study for study, _ in read_locations(folder / "manifest")} & gone
     assert open_store(folder / "shards").verify() == []
     assert withdrawn_subjects(folder / "manifest") == {subject}

@@ -9,7 +9,7 @@ whose source may be gone is ever lost.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -152,8 +152,5 @@ def _read(path: Path) -> ShardReceipt | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s): writing its shard again", path.name, error)
         return None
-    return receipt if _is_plausible(receipt.keys) else None
-
-
-def _is_plausible(keys: object) -> bool:
-    return isinstance(keys, Mapping) and all(isinstance(key, str) for key in keys.values())
+    is_ours = receipt.shard == f"{path.name.partition('.')[0]}.tar"
+    return receipt if is_ours and isinstance(receipt.keys, dict) else None

@@ -10,12 +10,9 @@ of the shards that changed are in `private/withdrawals.json`), pictures and repo
 """
 
 import csv
-import io
 import json
 import logging
-import re
-import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,26 +23,18 @@ from anycontrast_datasets.disk import write_checked
 from anycontrast_datasets.files import write_atomically
 from anycontrast_datasets.manifest import (
     MANIFEST_NAME,
-    SOURCES_NAME,
     manifest_fingerprint,
-    read_manifest,
-    write_locations,
-    write_manifest,
 )
 from anycontrast_datasets.pseudonym import PseudonymNaming, SplitRule, load_key
 from anycontrast_datasets.shard_relay import relay_shards, shards_of_subjects
-from anycontrast_datasets.study import ManifestError, Study
+from anycontrast_datasets.study import ManifestError
 from anycontrast_datasets.trained_on import TrainedModels, models_trained_on
+from anycontrast_datasets.withdraw_rows import WITHDRAWN_NAME, clean_private, csv_bytes, remove_rows
 
 logger = logging.getLogger(__name__)
 
-WITHDRAWN_NAME = "private/withdrawn.csv"
 RECORD_NAME = "private/withdrawals.json"
 KEY_NAME = "private/pseudonym.key"
-CONVERTED_NAME = "private/converted"
-CACHE_NAME = "private/inspected.jsonl"
-TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{32}")
-"""What a killed writer leaves."""
 
 
 @dataclass(kw_only=True)
@@ -113,8 +102,8 @@ def withdraw_subject(
     _note_shards(entry, shards_dir)
     records = [*[e for e in earlier if e.subject_ids != entry.subject_ids], entry]
     _write_records(records, manifest_dir)
-    _rewrite_manifest(manifest_dir, entry)
-    _clean_private(manifest_dir, entry)
+    remove_rows(manifest_dir, entry.subject_ids, entry.manifests)
+    clean_private(manifest_dir, entry.subject_ids, entry.studies)
     if shards_dir.is_dir():
         entry.fingerprint_after = relay_shards(shards_dir, manifest_dir, entry.studies)
     models = models_trained_on(
@@ -229,72 +218,9 @@ def _note_shards(entry: Withdrawal, shards_dir: Path) -> None:
             entry.fingerprints = sorted({*entry.fingerprints, str(values["fingerprint"])})
 
 
-def _rewrite_manifest(manifest_dir: Path, entry: Withdrawal) -> None:
-    """Remove the subject's rows, then the private locations that belong to them."""
-    path, sources = manifest_dir / MANIFEST_NAME, manifest_dir / SOURCES_NAME
-    studies = read_manifest(path)
-    kept = [study for study in studies if study.subject_id not in entry.subject_ids]
-    if len(kept) < len(studies):
-        write_manifest(kept, path)
-    fingerprint = manifest_fingerprint(path)
-    if manifest_fingerprint(sources) in entry.manifests:
-        table = pq.read_table(sources).to_pydict()
-        ids = {study.study_id for study in kept}
-        rows = zip(table["study_id"], table["role"], table["path"], strict=True)
-        locations = {(study, role): Path(file) for study, role, file in rows if study in ids}
-        write_locations(locations, manifest_dir, fingerprint=fingerprint)
-    _rewrite_summary(manifest_dir, kept)
-
-
-def _rewrite_summary(manifest_dir: Path, studies: Sequence[Study]) -> None:
-    """Count the studies anew; counts of files stay those of the scan."""
-    from anycontrast_datasets.scan import SUMMARY_NAME, summarise
-
-    path = manifest_dir / SUMMARY_NAME
-    if not path.is_file():
-        return
-    now = asdict(summarise(studies, []))
-    values = json.loads(path.read_bytes())
-    of_files = ("inputs", "accepted", "refused", "by_code")
-    values |= {name: now[name] for name in now if name in values and name not in of_files}
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def _clean_private(manifest_dir: Path, entry: Withdrawal) -> None:
-    """Remove converted volumes, rows of private tables that name the subject, and what is cached.
-
-    A cache names nobody, so that nothing in it can be told apart; the next scan makes it anew.
-    """
-    (manifest_dir / CACHE_NAME).unlink(missing_ok=True)
-    for folder in (manifest_dir, manifest_dir / "private"):
-        for path in folder.iterdir():
-            if TEMPORARY.fullmatch(path.name):
-                path.unlink()
-    for study_id in entry.studies:
-        shutil.rmtree(manifest_dir / CONVERTED_NAME / study_id, ignore_errors=True)
-    for path in sorted((manifest_dir / "private").glob("*.csv")):
-        if path != manifest_dir / WITHDRAWN_NAME:
-            _drop_rows(path, {*entry.studies, *entry.subject_ids})
-
-
-def _drop_rows(path: Path, names: Collection[str]) -> None:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    columns = [n for n, name in enumerate(rows[0] if rows else []) if name.endswith("_id")]
-    kept = [r for r in rows if not any(r[n].lstrip("'") in names for n in columns if n < len(r))]
-    if len(kept) < len(rows):
-        write_atomically(path, _csv_bytes(kept), mode=0o600)
-
-
 def _withdrawn_csv(manifest_dir: Path, subject_ids: Iterable[str]) -> bytes:
     names = sorted(withdrawn_subjects(manifest_dir) | set(subject_ids))
-    return _csv_bytes([["subject_id"], *([name] for name in names)])
-
-
-def _csv_bytes(rows: Iterable[Sequence[str]]) -> bytes:
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue().encode("utf-8")
+    return csv_bytes([["subject_id"], *([name] for name in names)])
 
 
 def _read_records(manifest_dir: Path) -> list[Withdrawal]:
