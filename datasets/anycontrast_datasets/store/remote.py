@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import re
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +58,6 @@ class RemoteSource:
     def __init__(self, location: Location, policy: RetryPolicy | None = None) -> None:
         self._location = location
         self._policy = policy or RetryPolicy()
-        self._lock = threading.Lock()
         self._system: Any = None
         self._owner = 0
 
@@ -131,8 +129,7 @@ class RemoteSource:
 
     def close(self) -> None:
         """Forget the file system; the next read makes another."""
-        with self._lock:
-            self._system = None
+        self._system = None
 
     def _path(self, name: str) -> str:
         query = f"?{self._location.query}" if self._location.query else ""
@@ -149,11 +146,13 @@ class RemoteSource:
         return getattr(system, method)(path, **options)
 
     def _file_system(self) -> Any:
-        with self._lock:
-            if self._system is None or self._owner != os.getpid():
-                self._system = _make_file_system(self._location, self._policy)
-                self._owner = os.getpid()
-            return self._system
+        # Two threads may each make one, and that of the last is kept: a lock of ours could be held
+        # for ever in a process forked meanwhile.
+        system = self._system
+        if system is None or self._owner != os.getpid():
+            system = _make_file_system(self._location, self._policy)
+            self._system, self._owner = system, os.getpid()
+        return system
 
     def _retried(self, what: str, ask: Callable[[float], _Result]) -> _Result:
         policy, started = self._policy, time.monotonic()

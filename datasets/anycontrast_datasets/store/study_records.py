@@ -5,10 +5,8 @@ gigabytes, and most callers want their splits and contrasts only, which are read
 """
 
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, overload
 
 import numpy as np
@@ -36,8 +34,8 @@ class StudyRecords(Sequence[StudyRecord]):
     ) -> None:
         self._texts = texts
         self._contrasts = contrasts
-        self._parsed: OrderedDict[int, StudyRecord] = OrderedDict()
-        self._lock = threading.Lock()
+        # No lock of ours, which a process forked meanwhile would never get.
+        self._parsed = lru_cache(MAX_PARSED)(self._parse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"texts": self._texts, "contrasts": self.contrasts}
@@ -59,16 +57,7 @@ class StudyRecords(Sequence[StudyRecord]):
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"study {index} of {len(self)}")
-        with self._lock:
-            if place in self._parsed:
-                self._parsed.move_to_end(place)
-                return self._parsed[place]
-        record = record_from_json(self.text(place))
-        with self._lock:
-            self._parsed[place] = record
-            while len(self._parsed) > MAX_PARSED:
-                self._parsed.popitem(last=False)
-        return record
+        return self._parsed(place)
 
     def __iter__(self) -> Iterator[StudyRecord]:
         return (self[i] for i in range(len(self)))
@@ -79,6 +68,9 @@ class StudyRecords(Sequence[StudyRecord]):
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _parse(self, index: int) -> StudyRecord:
+        return record_from_json(self.text(index))
 
     def text(self, index: int) -> str:
         """Return the JSON of a record."""
