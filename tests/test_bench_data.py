@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anycontrast.bench import data
+from anycontrast.bench import chunks, codecs, data, patches
+from anycontrast.bench.codecs import CodecsBenchConfig
 from anycontrast.bench.data import DataBenchConfig
+from anycontrast.bench.patches import PatchesBenchConfig
 from anycontrast.bench.studies import taken_studies
 from anycontrast.bench.timing import alternate, markdown_table
 from anycontrast_datasets.store.reader import open_store
@@ -113,3 +115,40 @@ def test_rounds_alternate_and_the_first_does_not_count() -> None:
     assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 4
     assert len(timings["a"].cpu_s) == 6 and timings["b"].wall_ms >= timings["b"].best_wall_ms
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_codec_and_chunk_tables(
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = taken_studies(studies, tmp_path / "cache", 2)
+    monkeypatch.setattr(codecs, "bench_studies", lambda folder, count: made)
+    monkeypatch.setattr(chunks, "CROP_VOX", (8, 8, 8))
+    monkeypatch.setattr(chunks, "PATCH_VOX", (8, 8, 8))
+    config = CodecsBenchConfig(
+        folder=str(tmp_path / "bench"), rounds=1, chunk_vox=(0, 8), real=str(tmp_path / "nothing")
+    )
+    result = json.loads(json.dumps(codecs.run(config)))
+    assert list(result["codecs"]) == ["noisy"]
+    assert result["codecs"]["noisy"]["raw int16"]["ratio"] == 1.0
+    assert set(result["chunks"]) == {"volume store", "zarr 16x24x24", "zarr 8x8x8"}
+    for name, row in result["chunks"].items():
+        readers = {"anycontrast"} if name == "volume store" else set(row["whole"])
+        assert {"anycontrast"} <= readers and set(row["crop"]) == set(row["whole"])
+    assert result["markdown"]["chunks"].count("\n") == 4
+    assert not (tmp_path / "bench" / "codecs-zarr").exists()
+
+
+def test_patch_layouts_deliver_and_a_step_runs(
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = taken_studies(studies, tmp_path / "cache", 2)
+    monkeypatch.setattr(patches, "bench_studies", lambda folder, count: made)
+    monkeypatch.setattr(patches, "PATCH_VOX", (8, 8, 8))
+    config = PatchesBenchConfig(folder=str(tmp_path), rounds=1, shares=(0.5, 1.0))
+    result = json.loads(json.dumps(patches.run(config)))
+    assert set(result["layouts"]) == {
+        patches.VOLUMES, patches.TWO_DRAWS, patches.PACKED, "groups zstd-5", "groups lz4-5",
+    }  # fmt: skip
+    assert all(row["mb_per_study"] > 0 for row in result["layouts"].values())
+    assert result["step"]["cpu_ms"] > 0 and result["markdown"].count("\n") == 6

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -385,8 +386,8 @@ def test_newer_version_is_refused_with_the_remedy(folder: Path) -> None:
         open_store(folder)
 
 
-def test_threads_read_the_same(pristine: Path, studies: Studies) -> None:
-    store = open_store(pristine / "zarr")
+def test_threads_and_a_pickled_store_read_the_same(pristine: Path, studies: Studies) -> None:
+    store = pickle.loads(pickle.dumps(open_store(pristine / "zarr")))
     with ThreadPoolExecutor(4) as pool:
         reads = list(pool.map(lambda n: store.read(n % 3), range(30)))
     for number, read in enumerate(reads):

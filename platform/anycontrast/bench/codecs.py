@@ -19,23 +19,25 @@ from anycontrast.bench.studies import bench_studies
 from anycontrast.bench.timing import alternate, markdown_table
 from anycontrast_datasets.foreground import foreground_mask
 from anycontrast_datasets.intensity import encode
+from anycontrast_datasets.store.codec import BLOCK_BYTES
 from anycontrast_datasets.store.codec import encode as encode_frame
 from anycontrast_datasets.store.reader import open_store
 
 logger = logging.getLogger(__name__)
 
 Codes = npt.NDArray[np.int16]
-CODECS: tuple[tuple[str, tuple[str, int, int] | None], ...] = (
+CODECS: tuple[tuple[str, tuple[str, int, int, int] | None], ...] = (
     ("raw int16", None),
-    ("blosc lz4-5, byte shuffle", ("lz4", 5, 1)),
-    ("blosc zstd-1, byte shuffle", ("zstd", 1, 1)),
-    ("blosc zstd-3, byte shuffle", ("zstd", 3, 1)),
-    ("blosc zstd-5, byte shuffle", ("zstd", 5, 1)),
-    ("blosc zstd-9, byte shuffle", ("zstd", 9, 1)),
-    ("blosc zstd-5, bit shuffle", ("zstd", 5, 2)),
-    ("blosc zstd-5, no shuffle", ("zstd", 5, 0)),
+    ("blosc lz4-5, byte shuffle", ("lz4", 5, 1, BLOCK_BYTES)),
+    ("blosc zstd-1, byte shuffle", ("zstd", 1, 1, BLOCK_BYTES)),
+    ("blosc zstd-3, byte shuffle", ("zstd", 3, 1, BLOCK_BYTES)),
+    ("blosc zstd-5, byte shuffle", ("zstd", 5, 1, BLOCK_BYTES)),
+    ("the same, blocks of 256 KiB", ("zstd", 5, 1, 2**18)),
+    ("blosc zstd-9, byte shuffle", ("zstd", 9, 1, BLOCK_BYTES)),
+    ("blosc zstd-5, bit shuffle", ("zstd", 5, 2, BLOCK_BYTES)),
+    ("blosc zstd-5, no shuffle", ("zstd", 5, 0, BLOCK_BYTES)),
 )
-"""Name -> compressor, level and shuffle of blosc."""
+"""Name -> compressor, level, shuffle and block size of blosc."""
 REAL = {
     "openms_cross": ("openms_cross/patient19", ("T1", "T1POST", "T2", "FLAIR")),
     "cstar": ("cstar_stroke", ("T1", "T2", "FLAIR")),
@@ -137,13 +139,13 @@ def _codec_rows(studies: list[dict[str, Codes]], rounds: int) -> dict[str, dict[
     }
 
 
-def _encoder(options: tuple[str, int, int] | None) -> Callable[[Codes], bytes]:
+def _encoder(options: tuple[str, int, int, int] | None) -> Callable[[Codes], bytes]:
     from numcodecs import blosc
 
     if options is None:
         return lambda codes: codes.tobytes()
-    name, level, shuffle = options
-    return lambda codes: cast(bytes, blosc.compress(codes, name.encode(), level, shuffle))
+    name, level, shuffle, block = options
+    return lambda codes: cast(bytes, blosc.compress(codes, name.encode(), level, shuffle, block))
 
 
 def _on_items(function: Callable[[Codes], object], items: list[Codes]) -> Callable[[int], object]:
