@@ -21,7 +21,7 @@ CONFIG = os.path.relpath(Path(__file__).parent / "configs" / "demo.yaml")
 def steps(config: Config, overrides: list[str]) -> Iterator[list[str]]:
     """Yield the command lines of the demo, in order; later ones name what earlier ones made."""
     run, common = config.paths, [CONFIG, *overrides]
-    for verb in ("scan", "shard", "validate", "pretrain", "finetune"):
+    for verb in ("scan", "shard", "validate", "report", "plan", "pretrain", "finetune"):
         yield [verb, *common]
     yield ["finetune", *common, "finetune.from_scratch=true"]
     for verb in ("evaluate", "export"):
@@ -47,6 +47,7 @@ def summary(config: Config, seconds: float) -> str:
             table,
             "",
             f"Done in {seconds:.0f} s. Everything lies under {run.run}/",
+            f"  data            {run.report / 'dataset.html'}",
             f"  loss            {losses[0]:.3f} -> {losses[-1]:.3f}: {run.report / 'loss.png'}",
             f"  reconstruction  {run.report / 'reconstruction.png'}",
             f"  Dice by subset  {run.report / 'dice_by_subset.png'} (the table above: .md, .csv)",
@@ -55,7 +56,7 @@ def summary(config: Config, seconds: float) -> str:
             "",
             "Try next:",
             f"  {here / 'tensorboard'} --logdir {run.run}",
-            f"  {here / 'anycontrast'} verify {run.release / 'segmenter'}",
+            f"  {here / 'anycontrast'} view 0 {CONFIG}",
             f"  {here / 'anycontrast'} pretrain {CONFIG} name=mine pretrain.steps=500",
         ]
     )

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 _RECORD = "phantom.json"
 _DESCRIPTION = "dataset_description.json"
 # Raise when the same configuration gives other voxels than before: old folders are then remade.
-_FORMAT = 1
+_FORMAT = 2
 _NAMES = {"T1wCE": "ce-gadolinium_T1w", "DWI": "trace"}
 
 

@@ -178,7 +178,11 @@ def _acquire(
     if not config.skull:
         image *= (_sample(head, head.brain, grid) > 0.5).astype(np.float32)
     stored = np.clip(np.rint(image * gain), 0, np.iinfo(np.int16).max).astype(np.int16)
-    sidecar = {**protocol.sidecar(), "SkullStripped": not config.skull}
+    sidecar = {
+        **protocol.sidecar(),
+        "SkullStripped": not config.skull,
+        "InstitutionName": f"Phantom {plan.site + 1}",
+    }
     return _store(head, stored, grid, protocol, sidecar)
 
 
