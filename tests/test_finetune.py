@@ -72,7 +72,12 @@ class MemoryStore:
         self.fingerprint = "memory"
 
     def read(
-        self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
+        self,
+        index: int,
+        *,
+        contrasts: Sequence[str] | None = None,
+        label: bool = False,
+        out: object = None,
     ) -> StudyArrays:
         study = self.studies[index]
         codes = {c: study.codes[c] for c in (contrasts or study.codes)}
