@@ -76,11 +76,12 @@ def run(config: ShardingBenchConfig) -> dict[str, Any]:
     shards = folder / "sharding-shards"
     _shard(manifest, shards, 0)  # Loads libraries, builds tables, fills the file cache.
     profile = cProfile.Profile(time.process_time)
-    wall_s = time.perf_counter()
     profile.enable()
     summary = _shard(manifest, shards, 0)
     profile.disable()
-    wall_s = time.perf_counter() - wall_s
+    start_s = time.perf_counter()
+    _shard(manifest, shards, 0)
+    wall_s = time.perf_counter() - start_s
     stats: Any = pstats.Stats(profile)
     total_ms = stats.total_tt * 1e3 / config.num_studies
     steps = {name: _step_ms(stats, name) / config.num_studies for name in STEPS}
