@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,8 +82,8 @@ class MemoryStore:
 
 
 @pytest.fixture
-def two_studies(make_study: Callable[..., StudyArrays]) -> Callable[[], MemoryStore]:
-    def make() -> MemoryStore:
+def two_studies(make_study: Callable[..., StudyArrays]) -> Callable[[], Any]:
+    def make() -> Any:
         return MemoryStore(
             make_study("a", ("T1w", "FLAIR")),
             make_study("b", ("FLAIR",)),
@@ -109,7 +110,7 @@ class Bright(Segmenter):
 
 
 def test_a_study_counts_only_where_it_has_every_contrast_and_dice_is_right(
-    two_studies: Callable[[], MemoryStore],
+    two_studies: Callable[[], Any],
 ) -> None:
     scores = score_models({"pretrained": Bright()}, two_studies(), EvaluateConfig())
     found = {(s.study_id, s.subset): s.dice for s in scores}
@@ -131,7 +132,7 @@ class BrightT1w(Bright):
 
 def test_a_model_of_fixed_channels_is_measured_on_what_it_sees(
     caplog: pytest.LogCaptureFixture,
-    two_studies: Callable[[], MemoryStore],
+    two_studies: Callable[[], Any],
 ) -> None:
     scores = score_models({"pretrained": BrightT1w()}, two_studies(), EvaluateConfig())
     assert {s.subset for s in scores} == {("T1w",)}
@@ -141,14 +142,14 @@ def test_a_model_of_fixed_channels_is_measured_on_what_it_sees(
         score_models({"pretrained": BrightT1w()}, two_studies(), blind)
 
 
-def test_contrasts_and_study_limits_bound_the_work(two_studies: Callable[[], MemoryStore]) -> None:
+def test_contrasts_and_study_limits_bound_the_work(two_studies: Callable[[], Any]) -> None:
     config = EvaluateConfig(contrasts=["FLAIR"], max_studies=1)
     scores = score_models({"pretrained": Bright()}, two_studies(), config)
     assert [(s.study_id, s.subset) for s in scores] == [("a", ("FLAIR",))]
 
 
 def test_a_split_without_labelled_studies_is_an_error_that_says_so(
-    two_studies: Callable[[], MemoryStore],
+    two_studies: Callable[[], Any],
 ) -> None:
     with pytest.raises(ManifestError, match="no labelled study in split 'val'"):
         labelled_indices(two_studies(), "val")
@@ -157,7 +158,7 @@ def test_a_split_without_labelled_studies_is_an_error_that_says_so(
 
 
 def test_the_report_has_all_files_with_the_right_numbers(
-    tmp_path: Path, two_studies: Callable[[], MemoryStore]
+    tmp_path: Path, two_studies: Callable[[], Any]
 ) -> None:
     config = EvaluateConfig(num_bootstrap=50)
     models = {"pretrained": Bright(), "scratch": Bright(-1.0)}
@@ -211,9 +212,8 @@ def test_a_study_with_empty_truth_can_be_left_out(make_study: Callable[..., Stud
     study = make_study("a", ("T1w",))
     assert study.label is not None
     study.label[:] = 0
-    scores = score_models(
-        {"pretrained": Bright()}, MemoryStore(study), EvaluateConfig(empty_truth="nan")
-    )
+    store: Any = MemoryStore(study)
+    scores = score_models({"pretrained": Bright()}, store, EvaluateConfig(empty_truth="nan"))
     rows = summarise(scores, num_bootstrap=10, seed=0)
     assert rows[0].score.num_studies == 0
     assert "n/a" in markdown_table(rows, note="")
@@ -236,7 +236,7 @@ def fake_checkpoints(
 
 
 def test_a_run_is_evaluated_from_its_best_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_studies: Callable[[], MemoryStore]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_studies: Callable[[], Any]
 ) -> None:
     config = Config(name="run", root=str(tmp_path), evaluate=EvaluateConfig(num_bootstrap=10))
     segmenter = fake_checkpoints(config.paths.finetune, monkeypatch)

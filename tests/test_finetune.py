@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,8 +89,8 @@ class MemoryStore:
 
 
 @pytest.fixture
-def small_store(make_study: Callable[..., StudyArrays]) -> Callable[[], MemoryStore]:
-    def make() -> MemoryStore:
+def small_store(make_study: Callable[..., StudyArrays]) -> Callable[[], Any]:
+    def make() -> Any:
         return MemoryStore(
             make_study("a", ("T1w", "FLAIR", "DWI"), seed=1),
             make_study("unlabelled", has_label=False, seed=2),
@@ -121,7 +122,7 @@ def tiny_config(**changes: object) -> FinetuneConfig:
 
 def test_only_labelled_studies_are_served_and_the_rest_is_counted(
     caplog: pytest.LogCaptureFixture,
-    small_store: Callable[[], MemoryStore],
+    small_store: Callable[[], Any],
 ) -> None:
     with caplog.at_level(logging.INFO):
         store = LabelledStore(small_store())
@@ -137,13 +138,14 @@ def test_only_labelled_studies_are_served_and_the_rest_is_counted(
 
 
 def test_a_split_without_labels_is_an_error(make_study: Callable[..., StudyArrays]) -> None:
+    store: Any = MemoryStore(make_study("a", has_label=False))
     with pytest.raises(ManifestError, match="no labelled study in split 'train'"):
-        LabelledStore(MemoryStore(make_study("a", has_label=False)))
+        LabelledStore(store)
 
 
 def test_one_study_is_overfitted(make_study: Callable[..., StudyArrays]) -> None:
     torch.manual_seed(0)
-    store = MemoryStore(make_study("a"), make_study("a-again", split="val"))
+    store: Any = MemoryStore(make_study("a"), make_study("a-again", split="val"))
     config = tiny_config(
         segmenter=SegmenterConfig(window_vox=WINDOW, feature_size=4, regions={"lesion": [2]}),
         studies_per_step=1,
@@ -173,7 +175,7 @@ def test_one_study_is_overfitted(make_study: Callable[..., StudyArrays]) -> None
     assert set(parts) == {"dice/lesion"}
 
 
-def test_the_loss_is_a_sum_over_studies(small_store: Callable[[], MemoryStore]) -> None:
+def test_the_loss_is_a_sum_over_studies(small_store: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     store = LabelledStore(small_store())
     config = tiny_config(drop_contrasts=False, foreground_crop_fraction=0.0)
@@ -199,7 +201,8 @@ def test_without_validation_studies_the_newest_counts_as_best_and_it_is_said(
     caplog: pytest.LogCaptureFixture,
     make_study: Callable[..., StudyArrays],
 ) -> None:
-    store = LabelledStore(MemoryStore(make_study("a")))
+    plain: Any = MemoryStore(make_study("a"))
+    store = LabelledStore(plain)
     task = FinetuneTask(tiny_config(), tiny_model(), store, pretrained=None)
     assert "no validation" in caplog.text
     found = task.validate(task.model, step=1)
@@ -208,7 +211,7 @@ def test_without_validation_studies_the_newest_counts_as_best_and_it_is_said(
     assert not found.metrics
 
 
-def test_a_worse_validation_is_not_the_best(small_store: Callable[[], MemoryStore]) -> None:
+def test_a_worse_validation_is_not_the_best(small_store: Callable[[], Any]) -> None:
     store = LabelledStore(small_store())
     task = FinetuneTask(tiny_config(), tiny_model(), store, pretrained=None, best_dice=1.0)
     found = task.validate(task.model, step=1)
@@ -251,7 +254,7 @@ def give_pretrained(
 
 
 def test_pretrained_and_scratch_differ_in_the_encoder_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], MemoryStore]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], Any]
 ) -> None:
     pretrained = give_pretrained(monkeypatch)
     store = LabelledStore(small_store())
@@ -272,7 +275,7 @@ def test_pretrained_and_scratch_differ_in_the_encoder_alone(
 
 
 def test_pretrained_weights_that_do_not_fit_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], MemoryStore]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], Any]
 ) -> None:
     store = LabelledStore(small_store())
     config = Config(root=str(tmp_path), finetune=tiny_config())
@@ -285,14 +288,14 @@ def test_pretrained_weights_that_do_not_fit_are_refused(
 
 
 def test_a_missing_pretraining_checkpoint_is_said(
-    tmp_path: Path, small_store: Callable[[], MemoryStore]
+    tmp_path: Path, small_store: Callable[[], Any]
 ) -> None:
     with pytest.raises(CheckpointError):
         make_task(Config(root=str(tmp_path), finetune=tiny_config()), LabelledStore(small_store()))
 
 
 def test_a_whole_run_leaves_a_best_checkpoint_that_can_be_loaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], MemoryStore]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_store: Callable[[], Any]
 ) -> None:
     from anycontrast.evaluation.evaluate import find_finetuned, load_finetuned
 
