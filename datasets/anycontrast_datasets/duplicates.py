@@ -51,9 +51,7 @@ def image_hash(copy: WorkCopy) -> str:
     head = copy.head
     if head is None:
         return ""
-    places = np.argwhere(head.inside)
-    low, high = places.min(axis=0), places.max(axis=0) + 1
-    cells = _thumbnail(copy.array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+    cells = _thumbnail(copy.array[head.box])
     bits = cells > ndimage.uniform_filter(cells, 3, mode="nearest")
     return np.packbits(bits.ravel()).tobytes().hex()
 

@@ -5,8 +5,9 @@ background noise, and flags. A flag is a hint for a person, not a refusal, unles
 nearly empty. The motion test compares the background beside the head along each axis with the
 corners: ghosts lie along one axis, the phase-encoding one.
 
-Measured: `motion_like` on 0 of 27 real volumes and 0 of 48 phantom volumes; on 20 of 20 phantom
-volumes with skull and noise whose k-space lines were shifted by 6 mm at random in a third of them.
+Measured: `motion_like` on none of 28 real and 20 phantom volumes without motion, and on 11 of 12
+real and 52 of 80 phantom copies of them with phase errors in 15 to 100 % of their k-space lines.
+What is missed are weak ghosts, and ones so strong that no background is left.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ NEARLY_EMPTY = "nearly_empty"
 _NEARLY_EMPTY_SHARE = 0.005
 """Object over field; the smallest real head fills 9 %."""
 _GHOST_OVER_CORNER = 2.0
-"""Background beside the head over the corners; real volumes at most 1.6 along the worst axis."""
-_GHOST_OVER_OTHERS = 1.5
-"""The worst axis over the next one."""
-_GHOST_OVER_HEAD = 0.02
-"""Ghosts below this share of the foreground's median do not matter."""
+"""Background beside the head along the worst axis over the corners."""
+_GHOST_OVER_OTHERS = 2.0
+"""The worst axis over the next one; real volumes without motion at most 1.9."""
+_GHOST_OVER_HEAD = 0.04
+"""Over the corners, as a share of the foreground's median: real volumes without motion at most
+0.025, with it 0.07 and more."""
 _MIN_BACKGROUND_VOXELS = 300
 _RAYLEIGH_MEDIAN = 1.17741
 """Median of a Rayleigh distribution over sigma."""

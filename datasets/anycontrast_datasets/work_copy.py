@@ -29,14 +29,20 @@ class Head:
     spacing_mm: npt.NDArray[np.float64]
     inside: BoolArray
     """[X, Y, Z] the largest connected object, holes filled slice by slice."""
+    box: tuple[slice, ...]
+    """Of the object."""
     extent_mm: npt.NDArray[np.float64]
     air: float
 
     @cached_property
     def depth_mm(self) -> npt.NDArray[np.float64]:
         """[X, Y, Z] distance to the surface of the object, 0 outside."""
-        padded = ndimage.distance_transform_edt(np.pad(self.inside, 1), sampling=self.spacing_mm)
-        return padded[1:-1, 1:-1, 1:-1]
+        depth = np.zeros(self.inside.shape)
+        # Within the box alone: the nearest voxel outside the object is at most one step out of it.
+        box = np.pad(self.inside[self.box], 1)
+        padded = ndimage.distance_transform_edt(box, sampling=self.spacing_mm)
+        depth[self.box] = padded[1:-1, 1:-1, 1:-1]
+        return depth
 
     @cached_property
     def far_outside(self) -> BoolArray:
@@ -94,9 +100,11 @@ def _find_head(small: FloatArray, spacing_mm: npt.NDArray[np.float64]) -> Head |
     labels, count = ndimage.label(small > level)
     if count == 0:
         return None
-    inside = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    for z in range(inside.shape[2]):
-        inside[:, :, z] = ndimage.binary_fill_holes(inside[:, :, z])
-    places = np.argwhere(inside)
-    extent = (places.max(axis=0) - places.min(axis=0) + 1) * spacing_mm
-    return Head(small, spacing_mm, inside, extent, air)
+    largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    inside = labels == largest
+    box = ndimage.find_objects(inside.astype(np.uint8))[0]
+    boxed = inside[box]
+    for z in range(boxed.shape[2]):
+        boxed[:, :, z] = ndimage.binary_fill_holes(boxed[:, :, z])
+    extent = np.array(boxed.shape) * spacing_mm
+    return Head(small, spacing_mm, inside, box, extent, air)
