@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from anycontrast_datasets.cost import CostModel
 from anycontrast_datasets.epoch_plan import EpochPlan, plan_epoch, simulate
-from anycontrast_datasets.packing import first_fit_decreasing, split_packs
+from anycontrast_datasets.packing import first_fit_decreasing, pack_pool, split_packs
 
 
 def hospital_tokens(count: int, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -134,6 +134,27 @@ def test_first_fit_decreasing_is_the_textbook_rule(sizes: list[int]) -> None:
         expected[item] = place
     found = first_fit_decreasing(np.array(sizes), 50)
     assert found.tolist() == [expected[i] for i in range(len(sizes))]
+
+
+def test_packs_are_as_few_as_by_first_fit_decreasing_and_more_alike() -> None:
+    tokens = hospital_tokens(2000)
+    mixed, filled = pack_pool(tokens, 16_384), first_fit_decreasing(tokens, 16_384)
+    assert mixed.max() <= 1.005 * filled.max()
+
+    def spread(packs: npt.NDArray[np.int64]) -> float:
+        costs = np.bincount(packs, weights=CostModel()(tokens))[:-2]
+        return float(costs.std() / costs.mean())
+
+    assert spread(mixed) < 0.5 * spread(filled)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80))
+def test_a_pool_is_packed_whole_and_within_the_budget(sizes: list[int]) -> None:
+    packs = pack_pool(np.array(sizes), 50)
+    loads = np.bincount(packs, weights=sizes)
+    assert len(packs) == len(sizes)
+    assert 0 < loads.min() <= loads.max() <= 50
 
 
 def test_the_cost_model_decides_which_packs_share_a_step() -> None:

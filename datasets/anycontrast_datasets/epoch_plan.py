@@ -4,10 +4,11 @@ In: the tokens of every study, in the order in which the epoch serves them. Out:
 `pack_tokens` tokens, in steps of `packs_per_step` packs that cost nearly the same, so that no rank
 waits for another. Every study is in exactly one pack.
 
-Pools of studies, in the order served, are packed first-fit-decreasing. All packs of the epoch are
-then sorted by cost and dealt, run by run, to steps, and the steps are put in a random order. The
-packs that make no whole step, those of the shortest studies, are dissolved and spread over one last
-step, at least one study to a pack, so that every rank has the same number of steps.
+Pools of studies, in the order served, are packed (see `packing`); a pack with very long studies,
+whose cost grows with their square, is left a little emptier. All packs of the epoch are then
+sorted by cost and dealt, run by run, to steps, and the steps are put in a random order. What makes
+no whole step, preferably short studies, is spread over one last step, at least one study to a pack,
+so that every rank has the same number of steps.
 
 World size never enters: rank r of W takes the r-th of W equal runs of each step's packs. Costs are
 summed as integers, so that every machine makes the same plan.
@@ -23,8 +24,10 @@ import numpy.typing as npt
 
 from anycontrast_datasets.cost import DEFAULT_COST, CostModel
 from anycontrast_datasets.order import study_rng
-from anycontrast_datasets.packing import Ints, pack_pools, split_packs, spread_evenly
+from anycontrast_datasets.packing import Ints, fill_last_step, pack_pools, spread_order
 
+MAX_PACK_COST = 1.2
+"""Largest cost of a pack of several studies, over the mean cost of as many tokens."""
 _COST_UNITS = 2**20
 """Integer units in the cost of the dearest study."""
 
@@ -127,13 +130,14 @@ def plan_epoch(
     costs_N = _integer_costs(lengths_N, cost)
     lengths_N = lengths_N * copies
     _check(lengths_N, pack_tokens, packs_per_step, pool_studies, name)
-    pack_N = pack_pools(lengths_N, pack_tokens, pool_studies)
+    sizes_N = _capped_sizes(lengths_N, costs_N, pack_tokens)
+    pack_N = pack_pools(sizes_N, pack_tokens, pool_studies)
     order = _deal(pack_N, lengths_N, costs_N, packs_per_step, seed, epoch)
     # Packs are numbered anew: first those dealt, in the order served, then those left.
     number = np.empty(len(order.packs), dtype=np.int64)
     number[order.packs] = np.arange(len(order.packs))
     pack_N = number[pack_N]
-    left_over = _fill_last_step(
+    left_over = fill_last_step(
         pack_N, order.num_dealt, lengths_N, costs_N, pack_tokens, packs_per_step
     )
     return _to_plan(pack_N, left_over, lengths_N, costs_N, pack_tokens, packs_per_step)
@@ -221,12 +225,23 @@ def _integer_costs(lengths_N: Ints, cost: CostModel) -> Ints:
     return units
 
 
+def _capped_sizes(lengths_N: Ints, costs_N: Ints, pack_tokens: int) -> Ints:
+    """Return how much room studies take, so that no full pack costs far more than the others.
+
+    Only the longest studies take more than their tokens: their packs are left a little emptier.
+    """
+    largest_cost = MAX_PACK_COST * pack_tokens * (int(costs_N.sum()) / int(lengths_N.sum()))
+    by_cost = np.ceil(costs_N * (pack_tokens / largest_cost)).astype(np.int64)
+    sizes: Ints = np.maximum(lengths_N, np.minimum(by_cost, pack_tokens))
+    return sizes
+
+
 def _deal(
     pack_N: Ints, lengths_N: Ints, costs_N: Ints, packs_per_step: int, seed: int, epoch: int
 ) -> _Order:
     """Sort packs by cost into whole steps, in a random order of the steps.
 
-    The packs of the shortest studies are left for the last step: they are spread best.
+    Packs without long studies are left for the last step: they are spread best.
     """
     costs = np.bincount(pack_N, weights=costs_N)
     longest = np.zeros(len(costs), dtype=np.int64)
@@ -237,56 +252,8 @@ def _deal(
     steps = dealt[np.argsort(costs[dealt], kind="stable")].reshape(num_steps, packs_per_step)
     generator = study_rng(seed, epoch, "", "steps").bit_generator
     shuffled = np.argsort(generator.random_raw(num_steps), kind="stable")
-    steps = steps[shuffled][:, _spread_order(packs_per_step)]
+    steps = steps[shuffled][:, spread_order(packs_per_step)]
     return _Order(np.concatenate((steps.reshape(-1), rest)), dealt.size)
-
-
-def _spread_order(count: int) -> Ints:
-    """Return a permutation of which every run is spread evenly over the range (bit reversal)."""
-    bits = max(count - 1, 1).bit_length()
-    values, reversed_ = np.arange(count), np.zeros(count, dtype=np.int64)
-    for _ in range(bits):
-        reversed_, values = reversed_ * 2 + values % 2, values // 2
-    return np.argsort(np.argsort(reversed_, kind="stable"), kind="stable")
-
-
-def _fill_last_step(
-    pack_N: Ints,
-    num_dealt: int,
-    lengths_N: Ints,
-    costs_N: Ints,
-    pack_tokens: int,
-    packs_per_step: int,
-) -> Ints:
-    """Make one more step of the packs that are left, in place; return positions it cannot take."""
-    rest = np.flatnonzero(pack_N >= num_dealt)
-    if len(rest) == 0:
-        return rest
-    missing = packs_per_step - len(rest)
-    if missing > 0:
-        borrowed = _spare_studies(pack_N, num_dealt, lengths_N, missing)
-        if len(borrowed) < missing:
-            pack_N[rest] = -1
-            return rest
-        rest = np.concatenate((rest, borrowed))
-        pack_N[borrowed] = pack_N.max() + 1 + np.arange(missing)
-    spread = spread_evenly(lengths_N[rest], costs_N[rest], pack_tokens, packs_per_step)
-    if spread is None:
-        spread = split_packs(pack_N[rest], lengths_N[rest], packs_per_step)
-    by_cost = np.argsort(np.bincount(spread, weights=costs_N[rest]), kind="stable")
-    number = np.empty(packs_per_step, dtype=np.int64)
-    number[by_cost[_spread_order(packs_per_step)]] = np.arange(packs_per_step)
-    pack_N[rest] = num_dealt + number[spread]
-    return np.empty(0, dtype=np.int64)
-
-
-def _spare_studies(pack_N: Ints, num_dealt: int, lengths_N: Ints, count: int) -> Ints:
-    """Return the shortest study of each of the packs with the most studies, two at least."""
-    positions = np.flatnonzero(pack_N < num_dealt)
-    by_pack = positions[np.lexsort((positions, lengths_N[positions], pack_N[positions]))]
-    _, firsts, studies = np.unique(pack_N[by_pack], return_index=True, return_counts=True)
-    most = np.argsort(-studies, kind="stable")[:count]
-    return by_pack[firsts[most[studies[most] >= 2]]]
 
 
 def _to_plan(
