@@ -1,6 +1,7 @@
 """The cache of a node: fetched once, kept under its limit, and never the reason for a loss."""
 
 import errno
+import itertools
 import logging
 import multiprocessing
 import os
@@ -258,6 +259,30 @@ def test_four_processes_share_a_cache(tmp_path: Path, max_units: int, most: int 
     used = int((tmp_path / "node" / FOLDER / "usage").read_text())
     assert used == sum(p.stat().st_size for p in entries(tmp_path))
     queue.close()
+
+
+def read_for_ever(folder: Path) -> None:
+    cached = make_cache(folder, max_bytes=4 * UNIT)
+    for number in itertools.cycle(range(9)):
+        read_unit(cached, number)
+
+
+def test_a_kill_leaves_no_torn_entry_and_no_lock(tmp_path: Path) -> None:
+    for number in range(6):
+        process = multiprocessing.get_context("fork").Process(
+            target=read_for_ever, args=(tmp_path,)
+        )
+        process.start()
+        time.sleep(0.03 + 0.01 * number)
+        process.kill()
+        process.join()
+        process.close()
+        for path in entries(tmp_path):
+            first = int(path.stem.split("-")[1], 16)
+            assert path.read_bytes() == content_of(first, first + UNIT)
+    cached = make_cache(tmp_path, max_bytes=4 * UNIT)
+    assert all(read_unit(cached, number) for number in range(9))
+    assert sum(path.stat().st_size for path in entries(tmp_path)) <= 4 * UNIT
 
 
 def test_a_reader_keeps_what_it_opened_when_it_is_evicted(tmp_path: Path) -> None:

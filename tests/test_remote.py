@@ -22,9 +22,12 @@ import pytest
 from anycontrast_datasets.shard_commit import write_arrays
 from anycontrast_datasets.store.byte_source import UNREACHABLE, check_name, parse_location
 from anycontrast_datasets.store.cache import CacheConfig
+from anycontrast_datasets.store.codec import checksum
 from anycontrast_datasets.store.reader import StudyStore, open_store
 from anycontrast_datasets.store.remote import RemoteSource, RetryPolicy
 from anycontrast_datasets.store.volume_store import VolumeStore
+from anycontrast_datasets.stream import StudyStream
+from anycontrast_datasets.stream_config import StreamConfig
 from anycontrast_datasets.study import ShardError, StudyArrays
 
 StudyOf = Callable[..., StudyArrays]
@@ -218,6 +221,23 @@ def test_a_failing_server_changes_nothing_but_the_time(
     assert num_requests > (NUM_STUDIES if cached else len(ORDER))
     if cached:
         assert num_requests < 10 * NUM_STUDIES
+
+
+def test_a_stream_over_a_failing_server_serves_what_the_clean_run_served(
+    folder: Path, server: FaultServer, tmp_path: Path
+) -> None:
+    def served(store: StudyStore) -> list[tuple[tuple[str, ...], str]]:
+        config = StreamConfig(studies_per_step=3, num_threads=3, prefetch_steps=1)
+        with StudyStream(store, config, (8, 8, 8), seed=4) as stream:
+            packs = [next(stream).packs[0] for _ in range(8)]
+        return [(p.study_ids, checksum(p.codes_TP.numpy().tobytes())) for p in packs]
+
+    clean = served(open_store(folder))
+    store = open_quickly(server.url, CacheConfig(folder=str(tmp_path), max_bytes=90_000))
+    server.faults = {"503": 0.1, "reset": 0.05, "short": 0.05, "cut": 0.05, "wrong": 0.05}
+    assert served(store) == clean
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.bytes")) <= 90_000
+    assert server.requests.total() > NUM_STUDIES
 
 
 def test_one_study_is_one_request(server: FaultServer) -> None:
