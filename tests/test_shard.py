@@ -15,7 +15,13 @@ import pytest
 
 from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.ledger import read_ledger
-from anycontrast_datasets.manifest import manifest_fingerprint, write_locations, write_manifest
+from anycontrast_datasets.manifest import (
+    manifest_fingerprint,
+    read_locations,
+    read_manifest,
+    write_locations,
+    write_manifest,
+)
 from anycontrast_datasets.prepare import PrepareConfig, prepare_study
 from anycontrast_datasets.shard import ShardConfig, run_shard
 from anycontrast_datasets.store.reader import open_store
@@ -238,6 +244,17 @@ def test_a_bad_study_is_refused_counted_and_named(manifest: Path, tmp_path: Path
     dataset = json.loads((tmp_path / "a" / "dataset.json").read_text())
     assert dataset["refused"] == [{"study_id": "case-1", "code": rejects[0].code}]
     assert dataset["counts"]["refused_by_code"] == {rejects[0].code: 1}
+
+
+def test_an_id_that_cannot_be_a_member_name_is_refused(manifest: Path, tmp_path: Path) -> None:
+    long = "x" * 200
+    locations = read_locations(manifest)
+    studies = read_manifest(manifest / "manifest.parquet")
+    renamed = [replace(studies[0], study_id=long), *studies[1:]]
+    files = {(long if i == studies[0].study_id else i, n): p for (i, n), p in locations.items()}
+    write(tmp_path, renamed, files)
+    summary = run_shard(manifest, tmp_path / "a", PREPARE, CONFIG)
+    assert summary.refused_by_code == {"bad_study_id": 1} and summary.num_sharded == 4
 
 
 def test_no_path_of_a_source_is_in_any_output(manifest: Path, tmp_path: Path) -> None:

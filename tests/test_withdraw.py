@@ -285,7 +285,7 @@ print(point)
 
 
 @pytest.mark.parametrize(
-    "step", [29, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    "step", [29, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_killed_at_any_step_the_next_run_completes_it(folder: Path, step: int) -> None:
     subject = subjects_of(folder)[1]

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from anycontrast_datasets.disk import write_checked
@@ -26,7 +28,7 @@ from anycontrast_datasets.manifest import (
     manifest_fingerprint,
 )
 from anycontrast_datasets.pseudonym import PseudonymNaming, SplitRule, load_key
-from anycontrast_datasets.shard_relay import relay_shards, shards_of_subjects
+from anycontrast_datasets.shard_relay import relay_shards, shards_of_studies, shards_of_subjects
 from anycontrast_datasets.study import ManifestError
 from anycontrast_datasets.trained_on import TrainedModels, models_trained_on
 from anycontrast_datasets.withdraw_rows import WITHDRAWN_NAME, clean_private, csv_bytes, remove_rows
@@ -97,7 +99,7 @@ def withdraw_subject(
         ShardError: If another process writes the shards, or the disk is full.
     """
     earlier = _read_records(manifest_dir)
-    entry = _find(manifest_dir, shards_dir, subject, earlier, key_file)
+    entry = _find(manifest_dir, shards_dir, subject, earlier, key_file, thorough=True)
     write_checked(manifest_dir / WITHDRAWN_NAME, _withdrawn_csv(manifest_dir, entry.subject_ids))
     _note_shards(entry, shards_dir)
     records = [*[e for e in earlier if e.subject_ids != entry.subject_ids], entry]
@@ -135,7 +137,8 @@ def which_models(
 
     Args, Raises: as `withdraw_subject`.
     """
-    entry = _find(manifest_dir, shards_dir, subject, _read_records(manifest_dir), key_file)
+    earlier = _read_records(manifest_dir)
+    entry = _find(manifest_dir, shards_dir, subject, earlier, key_file, thorough=False)
     _note_shards(entry, shards_dir)
     cleared = [entry.fingerprint_after or "-"]
     return models_trained_on(entry.fingerprints, checkpoints_dirs, cleared=cleared)
@@ -156,17 +159,25 @@ def _find(
     subject: str,
     earlier: Sequence[Withdrawal],
     key_file: Path | None,
+    *,
+    thorough: bool,
 ) -> Withdrawal:
-    """Return the record of a withdrawal: a new one, or the one that an earlier run began."""
+    """Return the record of a withdrawal: a new one, or the one that an earlier run began.
+
+    Thorough finds studies that are in the shards and no longer in the manifest, too.
+    """
     manifest = manifest_dir / MANIFEST_NAME
     fingerprint = manifest_fingerprint(manifest)
-    table = pq.read_table(manifest, columns=["study_id", "subject_id", "dataset"]).to_pydict()
-    rows = list(zip(table["study_id"], table["subject_id"], table["dataset"], strict=True))
-    datasets = {*table["dataset"], *(name for entry in earlier for name in entry.datasets)}
+    table = pq.read_table(manifest, columns=["study_id", "subject_id", "dataset"])
+    datasets = {*table["dataset"].unique().to_pylist(), *(n for e in earlier for n in e.datasets)}
     names = _pseudonyms(manifest_dir, subject, datasets, key_file)
     known = [entry for entry in earlier if names & set(entry.subject_ids)]
-    found = [row for row in rows if row[1] in names]
-    stored = shards_of_subjects(shards_dir, names)
+    rows = table.filter(pc.is_in(table["subject_id"], pa.array(sorted(names)))).to_pydict()
+    found = list(zip(rows["study_id"], rows["subject_id"], rows["dataset"], strict=True))
+    if found and not thorough:
+        stored = shards_of_studies(shards_dir, rows["study_id"], names)
+    else:
+        stored = shards_of_subjects(shards_dir, names)
     if not found and not known and not stored:
         raise ManifestError(
             f"withdrawing from {manifest_dir}: the subject must be in the manifest or the shards, "
