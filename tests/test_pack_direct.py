@@ -16,9 +16,9 @@ from anycontrast_datasets.intensity import pack_occupancy
 from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.pack_direct import StudyRequest, plan_direct_pack
 from anycontrast_datasets.shard_commit import write_arrays
-from anycontrast_datasets.store.codec import encode
+from anycontrast_datasets.store.codec import CodecName, encode
 from anycontrast_datasets.store.reader import StudyStore, open_store
-from anycontrast_datasets.store.slabs import decode_slabs
+from anycontrast_datasets.store.slabs import decode_planes, decode_slabs
 from anycontrast_datasets.stream import StudyStream
 from anycontrast_datasets.stream_config import StreamConfig
 from anycontrast_datasets.study import ShardError, StudyArrays, VolumeRecord
@@ -192,6 +192,21 @@ def test_slabs_put_together_are_the_volume(shape: Shape, planes: int, kind: str)
         slabs = list(slabs_of(payload, shape, planes))
         assert [len(s) for s in slabs[:-1]] == [planes] * (len(slabs) - 1)
         np.testing.assert_array_equal(np.concatenate(slabs), codes)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("is_writeable", [True, False])
+def test_planes_are_those_of_the_volume(codec: CodecName, is_writeable: bool) -> None:
+    shape = (70, 96, 80)
+    codes = np.random.default_rng(3).integers(0, 4000, size=shape).astype(np.int16)
+    payload = encode(codes, name=codec)
+    for first, stop in [(0, 1), (0, 70), (69, 70), (17, 18), (16, 48), (33, 70), (60, 69)]:
+        frame = memoryview(bytearray(payload) if is_writeable else payload)
+        found = decode_planes(frame, shape, first, stop)
+        np.testing.assert_array_equal(found, codes[first:stop])
+    small = codes[:2, :8, :8].copy()
+    found = decode_planes(memoryview(encode(small)), (2, 8, 8), 1, 2)
+    np.testing.assert_array_equal(found, small[1:])
 
 
 def test_frames_that_are_not_of_the_volume_are_refused() -> None:

@@ -24,8 +24,8 @@ from anycontrast_datasets.store.byte_source import ByteSource, LocalSource
 from anycontrast_datasets.store.cache import CacheConfig, CachedSource
 from anycontrast_datasets.store.codec import checksum, decode_into
 from anycontrast_datasets.store.index_check import check_index, check_shards, study_spans
-from anycontrast_datasets.store.partial import clip_box, crop_arrays, gather_patches
-from anycontrast_datasets.store.slabs import decode_slabs
+from anycontrast_datasets.store.partial import clip_box, gather_patches
+from anycontrast_datasets.store.slabs import decode_planes, decode_slabs
 from anycontrast_datasets.store.slots import slot_array
 from anycontrast_datasets.store.study_records import StudyRecords
 from anycontrast_datasets.store.verify import verify_shards
@@ -121,20 +121,16 @@ class VolumeStore:
         rows = self._members(index)
         record = self._record(index, rows)
         names = _wanted(record, contrasts)
-        wanted = [r for r in rows[:-1] if r.contrast in names or (label and r.contrast == "label")]
         codes: dict[str, Codes] = {}
         stored_label: npt.NDArray[np.uint8] | None = None
-        for row, block in self._fetch(wanted, rows):
+        for row, block in self._fetch(_chosen(rows, names, label), rows):
             if row.contrast == LABEL_MEMBER:
                 stored_label = np.empty(row.shape, dtype=np.uint8)
                 _decode(row, block, stored_label)
             else:
                 codes[row.contrast] = slot_array(out, row.contrast, row.shape)
                 _decode(row, block, codes[row.contrast])
-        if len(names) < len(record.volumes):
-            kept = tuple(volume for volume in record.volumes if volume.contrast in names)
-            record = replace(record, volumes=kept)
-        return StudyArrays(record=record, codes=codes, label=stored_label)
+        return StudyArrays(_with_only(record, names), codes, stored_label)
 
     def read_crop(
         self,
@@ -147,15 +143,31 @@ class VolumeStore:
     ) -> StudyArrays:
         """Return the part of a study inside a box; the record's shape stays the whole study's.
 
-        Whole volumes are decoded and cut: at the size of a brain that beats chunks.
+        Whole members are read and checked, and of them the planes of the box decoded.
 
         Raises:
             ShardError: As `read`.
             ValueError: If the box lies outside, see `partial.clip_box`.
         """
-        clip_box(self.records[index].shape, start_vox, size_vox)
-        arrays = self.read(index, contrasts=contrasts, label=label)
-        return crop_arrays(arrays, start_vox, size_vox)
+        rows = self._members(index)
+        record = self._record(index, rows)
+        first, end = clip_box(record.shape, start_vox, size_vox)
+        (x0, y0, z0), (x1, y1, z1) = first, end
+        names = _wanted(record, contrasts)
+        codes: dict[str, Codes] = {}
+        stored_label: npt.NDArray[np.uint8] | None = None
+        for row, block in self._fetch(_chosen(rows, names, label), rows):
+            if row.contrast == LABEL_MEMBER:
+                whole = np.empty(row.shape, dtype=np.uint8)
+                _decode(row, block, whole)
+                stored_label = whole[x0:x1, y0:y1, z0:z1].copy()
+            else:
+                try:
+                    planes = decode_planes(block, record.shape, x0, x1)
+                except ValueError as error:
+                    raise ShardError(f"{_where(row)}: {error}; {AGAIN}") from error
+                codes[row.contrast] = planes[:, y0:y1, z0:z1].copy()
+        return StudyArrays(_with_only(record, names), codes, stored_label)
 
     def read_patches(
         self, index: int, patch_vox: Vox3, patches: Mapping[str, npt.NDArray[np.int64]]
@@ -182,7 +194,7 @@ class VolumeStore:
         """
         rows = self._members(index)
         names = _wanted(self._record(index, rows), contrasts)
-        for row, block in self._fetch([r for r in rows[:-1] if r.contrast in names], rows):
+        for row, block in self._fetch(_chosen(rows, names, label=False), rows):
             shape = (row.shape[0], row.shape[1], row.shape[2])
             try:
                 for number, codes_XYZ in enumerate(decode_slabs(block, shape, planes)):
@@ -295,6 +307,18 @@ def _wanted(record: StudyRecord, contrasts: Sequence[str] | None) -> set[str]:
             code="missing_contrast",
         )
     return names
+
+
+def _chosen(rows: list[MemberRow], names: set[str], label: bool) -> list[MemberRow]:
+    """Return the rows of the named contrasts, and that of the label if wanted, in stored order."""
+    wanted = {*names, LABEL_MEMBER} if label else names
+    return [row for row in rows[:-1] if row.contrast in wanted]
+
+
+def _with_only(record: StudyRecord, names: set[str]) -> StudyRecord:
+    if len(names) == len(record.volumes):
+        return record
+    return replace(record, volumes=tuple(v for v in record.volumes if v.contrast in names))
 
 
 def _problem(wanted: list[MemberRow], record_row: MemberRow, parts: list[memoryview]) -> str:
