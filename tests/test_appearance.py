@@ -82,9 +82,16 @@ def test_a_bright_lesion_does_not_turn_a_flair_into_t2w() -> None:
         assert _check(_brain("FLAIR", lesion=brightness), "FLAIR").contrast != "T2w"
 
 
-@pytest.mark.parametrize("said", [None, "T1w", "ADC", "unknown"])
+@pytest.mark.parametrize("said", [None, "ADC", "PDw", "unknown"])
 def test_fluid_is_not_asked_about_other_contrasts(said: str | None) -> None:
     assert _check(_brain("T2w"), said) == Appearance()
+
+
+@pytest.mark.parametrize("said", ["T1w", "T1wCE"])
+def test_bright_fluid_speaks_against_t1w_and_dark_fluid_says_nothing(said: str) -> None:
+    assert _check(_brain("T2w"), said).contrast == "T2w"
+    for shown in ("T1w", "FLAIR", "PDw"):
+        assert _check(_brain(shown), said) == Appearance()
 
 
 def test_scale_and_offset_of_intensities_do_not_matter() -> None:

@@ -4,10 +4,11 @@ In: a volume on RAS+ axes and the contrast it is said to be. Out: flags, and a c
 picture contradicts or confirms the name. About 0.05 s a volume, on a 3 mm copy.
 
 The tests are built to stay silent when in doubt. They know: T2w or FLAIR, by the brightness of
-cerebrospinal fluid deep in the head (only asked of a volume that is said to be one of the two);
-a field of view that holds no brain; a uniform round test object; a computed tomography (uniform
-soft tissue in a brighter shell, relative to air). They do not know: T1w from T1wCE, body parts of
-a large field of view, a windowed computed tomography without its air level.
+cerebrospinal fluid deep in the head (asked of a volume that is said to be one of the two and, for
+bright fluid only, of one that is said to be T1w); a field of view that holds no brain; a uniform
+round test object; a computed tomography (uniform soft tissue in a brighter shell, relative to air).
+They do not know: T1w from T1wCE, body parts of a large field of view, a windowed computed
+tomography without its air level.
 
 Thresholds: set on the shared real volumes, with the nearest real value of either side beside each.
 """
@@ -87,9 +88,11 @@ def check_appearance(
     if head is None:
         return Appearance()
     flags, evidence = _test_uniformity(head, field_mm)
-    if flags or contrast not in ("T2w", "FLAIR"):
+    if flags or contrast not in ("T2w", "FLAIR", "T1w", "T1wCE"):
         return Appearance(flags=flags, evidence=evidence)
     seen, clauses = _test_csf(head)
+    if seen == "FLAIR" and contrast not in ("T2w", "FLAIR"):
+        return Appearance()  # the fluid of a T1w is dark too
     return Appearance(contrast=seen, evidence=clauses)
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "contrast_name",
     "guess_from_name",
     "resolve_contrast",
+    "stated_agent",
 ]
 
 logger = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ _SIDECAR_KEYS: tuple[tuple[str, str], ...] = (
     ("b_value_s_mm2", "b_value"),
 )
 _AGENT_KEYS = ("ContrastBolusAgent", "ContrastBolusIngredient")
+_NO_AGENT = {"none", "no", "n", "without", "false", "n/a", "na", "0", "unknown"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +299,7 @@ class ContrastDescriptor:
                     key,
                     limits[name],
                 )
-        descriptor = replace(cls(has_agent=_agent(sidecar)), **values)  # type: ignore[arg-type]
+        descriptor = replace(cls(has_agent=stated_agent(sidecar)), **values)  # type: ignore[arg-type]
         return descriptor.with_contrast(contrast)
 
     def to_dict(self) -> dict[str, object]:
@@ -313,8 +315,9 @@ class ContrastDescriptor:
         return cls(**values)  # type: ignore[arg-type]
 
 
-def _agent(sidecar: Mapping[str, object]) -> bool | None:
+def stated_agent(sidecar: Mapping[str, object]) -> bool | None:
+    """Return whether the agent tag of a sidecar names an agent; None when there is no tag."""
     texts = [str(sidecar[key]).strip().lower() for key in _AGENT_KEYS if sidecar.get(key)]
     if not texts:
         return None
-    return not all(text in {"none", "no", "n", "without", "false"} for text in texts)
+    return not all(text in _NO_AGENT for text in texts)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from anycontrast_datasets.contrast import stated_agent
+from anycontrast_datasets.sidecars import TIME_LIMITS_S, in_seconds
 from anycontrast_datasets.study import ContrastVote
 
 FLAIR_TI_S = (1.5, 3.2)
@@ -36,11 +38,7 @@ SPOILED_FLIP_DEG = 12.0
 SPOILED_TR_S = 0.5
 MIN_DIFFUSION_B = 50.0
 """s/mm^2; below counts as b = 0."""
-MAX_TE_S, MAX_TR_S, MAX_TI_S = 1.0, 60.0, 20.0
-"""No larger time is believed to be in seconds."""
 
-_AGENT_KEYS = ("ContrastBolusAgent", "ContrastBolusIngredient")
-_NO_AGENT = {"none", "no", "n", "without", "false", "n/a", "na", "0", "unknown"}
 _SEQUENCE_KEYS = ("ScanningSequence", "SequenceVariant", "SequenceName", "PulseSequenceName")
 # ImageType token -> contrast; only tokens that scanners write for one thing.
 _IMAGE_TYPES = {
@@ -90,23 +88,13 @@ class Physics:
 
 
 def read_physics(sidecar: Mapping[str, object]) -> Physics:
-    """Take what the rules need out of a sidecar; what is not a plausible number is left out.
-
-    An echo time above 1 s does not exist: then all three times are taken for milliseconds.
-    """
-    te, tr, ti = (
-        _number(sidecar.get(key)) for key in ("EchoTime", "RepetitionTime", "InversionTime")
-    )
-    is_ms = any(
-        value is not None and value > limit
-        for value, limit in ((te, MAX_TE_S), (tr, MAX_TR_S), (ti, MAX_TI_S))
-    )
-    factor = 1e-3 if is_ms else 1.0
-    te, tr, ti = (None if value is None else value * factor for value in (te, tr, ti))
+    """Take what the rules need out of a sidecar; what is not a plausible number is left out."""
+    sidecar, is_ms = in_seconds(sidecar)
+    te, tr, ti = (_within(_number(sidecar.get(key)), limit) for key, limit in TIME_LIMITS_S)
     return Physics(
-        te_s=_within(te, MAX_TE_S),
-        tr_s=_within(tr, MAX_TR_S),
-        ti_s=_within(ti, MAX_TI_S) or None,
+        te_s=te,
+        tr_s=tr,
+        ti_s=ti or None,
         flip_deg=_within(_number(sidecar.get("FlipAngle")), 360.0),
         b_value=_b_value(sidecar),
         sequence=_sequence(sidecar),
@@ -137,14 +125,6 @@ def vote_physics(sidecar: Mapping[str, object]) -> ContrastVote | None:
     if physics.in_milliseconds:
         confidence = round(0.9 * confidence, 3)
     return _vote(contrast, confidence, physics.evidence())
-
-
-def stated_agent(sidecar: Mapping[str, object]) -> bool | None:
-    """Return whether the agent tag names an agent; None when there is no tag."""
-    texts = [str(sidecar[key]).strip().lower() for key in _AGENT_KEYS if sidecar.get(key)]
-    if not texts:
-        return None
-    return not all(text in _NO_AGENT for text in texts)
 
 
 def _vote(contrast: str, confidence: float, evidence: str) -> ContrastVote:

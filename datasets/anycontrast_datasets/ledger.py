@@ -62,8 +62,8 @@ REMEDIES: dict[str, str] = {
     "not_a_brain": "leave the file out; if it is a brain, set check_pictures=false",
     "field_of_view_small": "leave the file out; if the cut is intended, set check_pictures=false",
     "nearly_empty": "leave the file out; if there is something in it, set check_pictures=false",
-    "face_present": "deface the volume, or set scan.faces=allow: then no model of it can be "
-    "released openly",
+    "face_present": "deface the volume, or set scan.faces=allow and shard.faces=allow: then no "
+    "model of it can be released openly",
     "withdrawn": "nothing to do; the subject is in private/withdrawn.csv",
     "refused_by_person": "nothing to do; the mapping table says so",
     "not_mri": "leave the file out; if it is MRI after all, set check_pictures=false",

@@ -36,8 +36,8 @@ FACE_KEYS = (
 KEYS = frozenset((*PHYSICS_KEYS, *DESCRIPTION_KEYS, *SITE_KEYS, *FACE_KEYS))
 
 MAX_SIDECAR_BYTES = 2**20
-_TIMES = (("EchoTime", 1.0), ("RepetitionTime", 60.0), ("InversionTime", 20.0))
-"""No larger value is believed to be in seconds."""
+TIME_LIMITS_S = (("EchoTime", 1.0), ("RepetitionTime", 60.0), ("InversionTime", 20.0))
+"""No larger value of these keys is believed to be in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +146,10 @@ def in_seconds(values: Mapping[str, object]) -> tuple[dict[str, object], bool]:
     """
     times = {
         key: float(value)
-        for key, _ in _TIMES
+        for key, _ in TIME_LIMITS_S
         if isinstance(value := values.get(key), int | float) and not isinstance(value, bool)
     }
-    limits = dict(_TIMES)
+    limits = dict(TIME_LIMITS_S)
     if not any(
         math.isfinite(t) and limits[key] < t <= 1e3 * limits[key] for key, t in times.items()
     ):
