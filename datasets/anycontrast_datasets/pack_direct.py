@@ -27,6 +27,9 @@ from anycontrast_datasets.study import StudyRecord
 
 Vox3 = tuple[int, int, int]
 
+LAYERS = 2
+"""Layers of patches decoded at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRequest:
@@ -90,16 +93,17 @@ class DirectPack:
         codes_TP = self._row()
         places = {volume.contrast: n for n, volume in enumerate(parts[0].volumes)}
         starts, edges = self._starts(number), [_layer_edges(part) for part in parts]
-        planes = self._patch_vox[0]
+        depth = self._patch_vox[0]
         is_whole = _is_whole(request.record, self._patch_vox)
         for contrast, plane, codes_XYZ in self._store.slabs(
-            request.index, request.contrasts, planes
+            request.index, request.contrasts, LAYERS * depth
         ):
             place = places[contrast]
+            layers = range(plane // depth, -(-(plane + len(codes_XYZ)) // depth))
             for part, flips, start_V, edges_V in zip(
                 parts, request.flips, starts, edges, strict=True
             ):
-                first, index_N = _patches_of(part, edges_V[place], place, plane // planes, flips)
+                first, index_N = _patches_of(part, edges_V[place], place, layers, flips)
                 first += start_V[place]
                 out = codes_TP[first : first + len(index_N)]
                 if is_whole:
@@ -203,20 +207,20 @@ def _is_whole(record: StudyRecord, patch_vox: Vox3) -> bool:
 
 
 def _patches_of(
-    part: StudyTokens, edges: Sequence[int], place: int, layer: int, flips: Sequence[int]
+    part: StudyTokens, edges: Sequence[int], place: int, layers: range, flips: Sequence[int]
 ) -> tuple[int, npt.NDArray[np.int64]]:
-    """Return the kept patches of one stored layer of patches: the first token, and where they lie.
+    """Return the kept patches of stored layers of patches: the first token, and where they lie.
 
-    Tokens are ordered by the flipped grid, so those of a layer follow each other whatever is
-    flipped.
+    Tokens are ordered by the flipped grid, so those of neighbouring layers follow each other
+    whatever is flipped.
     """
     x, y, z = part.patch_grid
-    flipped_layer = x - 1 - layer if 0 in flips else layer
-    first, stop = edges[flipped_layer], edges[flipped_layer + 1]
-    index_N = part.kept[place][first:stop] - flipped_layer * y * z
-    if 1 in flips or 2 in flips:
-        axes = tuple(axis - 1 for axis in flips if axis)
-        index_N = np.flip(np.arange(y * z).reshape(y, z), axes).reshape(-1)[index_N]
+    first_layer = x - layers.stop if 0 in flips else layers.start
+    first, stop = edges[first_layer], edges[first_layer + len(layers)]
+    index_N = part.kept[place][first:stop] - first_layer * y * z
+    if flips:
+        stored = np.arange(len(layers) * y * z).reshape(len(layers), y, z)
+        index_N = np.flip(stored, tuple(flips)).reshape(-1)[index_N]
     return first, index_N
 
 
