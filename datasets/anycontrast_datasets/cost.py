@@ -17,9 +17,11 @@ class CostModel:
     """Cost of a study of L tokens = linear * L + quadratic * L^2."""
 
     linear: float = 1.0
+    """Cost of a token, in any unit."""
     quadratic: float = 1.0 / (6 * 768)
-    """The default counts a transformer block of width D = 768: 24 D^2 operations a token on its
-    projections and 4 D L on attention, hence a quadratic share of 1 / (6 D)."""
+    """Cost of a pair of tokens, in the same unit; only the ratio of the two decides on balance. The
+    default counts a transformer block of width D = 768: 24 D^2 operations a token on its projections
+    and 4 D L on attention, hence a quadratic share of 1 / (6 D)."""
 
     def __post_init__(self) -> None:
         values = (self.linear, self.quadratic)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from anycontrast_datasets.cost import DEFAULT_COST, CostModel
 from anycontrast_datasets.order import study_rng
 from anycontrast_datasets.packing import Ints, fill_last_step, pack_pools, spread_order
+from anycontrast_datasets.study import StudyError
 
 MAX_PACK_COST = 1.2
 """Largest cost of a pack of several studies, over the mean cost of as many tokens."""
@@ -124,7 +125,7 @@ def plan_epoch(
         name: Says in a message which study a position is.
 
     Raises:
-        ValueError: a study is larger than a pack, or there are fewer studies than packs in a step.
+        StudyError: a study is larger than a pack, or there are fewer studies than packs in a step.
     """
     lengths_N = np.ceil(np.asarray(tokens_N, dtype=np.float64)).astype(np.int64)
     costs_N = _integer_costs(lengths_N, cost)
@@ -200,21 +201,23 @@ def _check(
         if value < 1:
             raise ValueError(f"planning an epoch: {key} must be >= 1, got {value}")
     if len(lengths_N) < packs_per_step:
-        raise ValueError(
+        raise StudyError(
             f"planning an epoch: every pack of a step needs a study, got {len(lengths_N)} studies "
-            f"for {packs_per_step} packs; lower packs_per_step"
+            f"for {packs_per_step} packs; lower packs_per_step",
+            code="too_few_studies",
         )
     if lengths_N.min() < 1:
-        raise ValueError(
+        raise StudyError(
             f"planning an epoch: every study must have tokens, study "
             f"{name(int(lengths_N.argmin()))} has {lengths_N.min()}"
         )
     if lengths_N.max() > pack_tokens:
         place = int(lengths_N.argmax())
-        raise ValueError(
+        raise StudyError(
             f"planning an epoch: a study must fit into a pack of {pack_tokens} tokens, study "
             f"{name(place)} has {lengths_N[place]} ({int((lengths_N > pack_tokens).sum())} do not "
-            f"fit); raise pack_tokens to {lengths_N[place]} or more, or set crop_vox"
+            f"fit); raise pack_tokens to {lengths_N[place]} or more, or set crop_vox",
+            code="study_larger_than_pack",
         )
 
 

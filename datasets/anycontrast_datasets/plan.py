@@ -22,7 +22,7 @@ from anycontrast_datasets.plan_sizes import Floats, Ints, StudySizes
 from anycontrast_datasets.shard import COST_NAME
 from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.stream_config import StreamConfig
-from anycontrast_datasets.study import ShardError
+from anycontrast_datasets.study import ShardError, StudyError
 
 MAX_SIMULATED_STEPS = 200
 """Where steps hold a number of studies; packs filled by tokens are planned for the whole epoch."""
@@ -101,7 +101,7 @@ def plan_ranks(
         cost: What the studies really cost, for the balance that is reported.
 
     Raises:
-        ValueError: a study is larger than a pack, or there are fewer studies than packs.
+        StudyError: a study is larger than a pack, or there are fewer studies than packs.
     """
     order = _order(sizes, stream, seed)
     tokens = sizes.tokens_N[order]
@@ -201,9 +201,10 @@ def _count_plan(
     """Simulate steps of a fixed number of studies, shared out as `step_plan.CountPlanner` does."""
     per_step = max(packs, round(stream.studies_per_step * packs / stream.packs_per_step))
     if len(tokens) < per_step:
-        raise ValueError(
+        raise StudyError(
             f"planning {world_size} ranks: a step takes {per_step} studies, the epoch has "
-            f"{len(tokens)}"
+            f"{len(tokens)}; lower stream.studies_per_step or plan.gpus",
+            code="too_few_studies",
         )
     ranks, filled = [], []
     for step in range(min(len(tokens) // per_step, MAX_SIMULATED_STEPS)):

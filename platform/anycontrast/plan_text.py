@@ -57,8 +57,8 @@ def _training(plan: Mapping[str, Any]) -> Iterable[str]:
         f"{training['steps_per_epoch']:,.1f} steps of {training['studies_per_step']:,.1f} studies"
     )
     yield (
-        f"time         {_hours(training['hours'])} on {assumed['gpus']} GPUs, assuming "
-        f"{assumed['tflops_per_gpu']:g} TFLOP/s each at {assumed['mfu']:.0%}: "
+        f"time         {_hours(training['hours'])} of computing on {assumed['gpus']} GPUs at "
+        f"{assumed['tflops_per_gpu']:g} TFLOP/s each, assuming {assumed['mfu']:.0%} of it: "
         f"{training['studies_per_s']:,.1f} studies/s, "
         f"{training['flops_per_study'] / 1e12:,.2f} TFLOP a study"
     )
@@ -67,11 +67,15 @@ def _training(plan: Mapping[str, Any]) -> Iterable[str]:
 
 def _ranks(plan: Mapping[str, Any]) -> Iterable[str]:
     cost = plan["cost"]
-    share = cost["quadratic"] / cost["linear"] if cost["linear"] else float("inf")
     yield (
-        f"balance      by cost per study = tokens + {share:.3g} tokens^2 ({cost['basis']}); "
+        f"balance      a study costs its tokens + {cost['ratio']:.3g} tokens^2 ({cost['basis']}); "
         "imbalance: dearest rank over mean rank"
     )
+    if not 0.8 <= cost["stream_ratio"] / max(cost["ratio"], 1e-12) <= 1.25:
+        yield (
+            f"             the stream balances by {cost['stream_ratio']:.3g} tokens^2; set "
+            f"pretrain.stream.cost={{linear:1,quadratic:{cost['ratio']:.3g}}}"
+        )
     if not plan["tokens"]["pack_tokens"]:
         yield "             fill: of the largest pack met, since stream.pack_tokens sets no limit"
     rows = [["ranks", "packs/step", "steps", "fill", "but last", "imbalance", "p99", "max"]]

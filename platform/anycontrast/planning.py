@@ -74,7 +74,7 @@ def run_plan(config: "Config", options: PlanConfig) -> dict[str, Any]:
     Raises:
         ManifestError: there is no usable manifest, or nothing to serve.
         ShardError: there are shards that cannot be used.
-        ValueError: a study does not fit into a pack.
+        StudyError: a study does not fit into a pack, or there are too few for a step.
     """
     from anycontrast_datasets.manifest_table import ManifestTable
 
@@ -99,7 +99,11 @@ def run_plan(config: "Config", options: PlanConfig) -> dict[str, Any]:
             "pack_tokens": config.pretrain.stream.pack_tokens,
         },
         "model": {"preset": config.model.preset, "parameters": model.num_parameters},
-        "cost": {**asdict(cost), "basis": "measured here" if options.fit else "operations"},
+        "cost": {
+            "ratio": _ratio(cost),
+            "stream_ratio": _ratio(config.pretrain.stream.cost),
+            "basis": "measured here" if options.fit else "by counting operations",
+        },
         "memory": _memory(config, sizes, model, own),
         "storage": asdict(storage),
         "training": _training(config, options, sizes, model, own, storage),
@@ -155,6 +159,11 @@ def _sizes(
     return sizes_from_manifest(
         table, config.pretrain.stream, config.prepare, patch_vox, options.sizes
     )
+
+
+def _ratio(cost: CostModel) -> float:
+    """Cost of a token squared over the cost of a token, which is all that balance depends on."""
+    return cost.quadratic / max(cost.linear, 1e-9 * cost.quadratic)
 
 
 def _measured_cost(config: "Config") -> CostModel:
