@@ -2,9 +2,12 @@
 
 Every round runs every way once on the same item, so load on the machine meets all alike. CPU time
 is that of the whole process, threads included; the median over rounds is what is reported, and the
-least where a second core may be taken by others.
+least where a second core may be taken by others. What a call returns lives until the next call of
+the same way returns, as in a loop over a data set: whoever allocates anew pays for fresh pages as
+its users do, and how many is counted.
 """
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -20,6 +23,8 @@ class Timing:
 
     cpu_s: list[float] = field(default_factory=list)
     wall_s: list[float] = field(default_factory=list)
+    page_faults: list[int] = field(default_factory=list)
+    """Pages of memory that were touched for the first time."""
 
     @property
     def cpu_ms(self) -> float:
@@ -43,7 +48,11 @@ class Timing:
 
 
 def alternate(
-    ways: Mapping[Name, Callable[[int], object]], num_items: int, rounds: int
+    ways: Mapping[Name, Callable[[int], object]],
+    num_items: int,
+    rounds: int,
+    *,
+    before: Callable[[], object] | None = None,
 ) -> dict[Name, Timing]:
     """Call every way on every item, in `rounds` rounds after one that is not counted.
 
@@ -51,15 +60,22 @@ def alternate(
         ways: Name -> function of the item's number.
         num_items: Items 0 .. num_items - 1; a call on each in every round.
         rounds: Rounds that count.
+        before: Called before every call, outside the clock.
     """
     timings = {name: Timing() for name in ways}
+    kept: dict[Name, object] = {}
     for number in range(rounds + 1):
         for item in range(num_items):
             for name, way in ways.items():
+                if before is not None:
+                    before()
+                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 wall, cpu = time.perf_counter(), time.process_time()
-                way(item)
+                kept[name] = way(item)
                 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
                 if number:
+                    timings[name].page_faults.append(faults)
                     timings[name].cpu_s.append(cpu)
                     timings[name].wall_s.append(wall)
     return timings
