@@ -180,8 +180,8 @@ def slabs_of(
     return (slab.copy() for slab in decode_slabs(memoryview(payload), shape, planes))
 
 
-@pytest.mark.parametrize("shape", [(64, 96, 80), (33, 96, 80), (7, 200, 300), (2, 2, 2)])
-@pytest.mark.parametrize("planes", [1, 5, 16, 64, 100])
+@pytest.mark.parametrize("shape", [(64, 96, 80), (33, 96, 80), (2, 2, 2)])
+@pytest.mark.parametrize("planes", [1, 16, 100])
 @pytest.mark.parametrize("kind", ["noise", "smooth"])
 def test_slabs_put_together_are_the_volume(shape: Shape, planes: int, kind: str) -> None:
     rng = np.random.default_rng(3)
