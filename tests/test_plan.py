@@ -238,6 +238,8 @@ def test_45000_studies_are_planned_without_a_voxel(tmp_path: Path) -> None:
     assert tokens["1"]["mean"] < tokens["all"]["mean"] < tokens["6"]["mean"]
     assert plan["storage"]["num_shards"] == math.ceil(45_000 / 32)
     text = render(plan)
+    share = plan["cost"]["ratio"]
+    assert f"set pretrain.stream.cost.linear=1 pretrain.stream.cost.quadratic={share:.3g}" in text
     for words in ("36,000 served", "on 64 GPUs", "CPU hours", "989 TFLOP/s", "1,024"):
         assert words in text
 

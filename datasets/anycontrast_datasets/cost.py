@@ -19,9 +19,9 @@ class CostModel:
     linear: float = 1.0
     """Cost of a token, in any unit."""
     quadratic: float = 1.0 / (6 * 768)
-    """Cost of a pair of tokens, in the same unit; only the ratio of the two decides on balance. The
-    default counts a transformer block of width D = 768: 24 D^2 operations a token on its projections
-    and 4 D L on attention, hence a quadratic share of 1 / (6 D)."""
+    """Cost of a pair of tokens, in the same unit; only the ratio of the two decides on balance.
+    The default counts a transformer block of width D = 768: 24 D^2 operations a token on its
+    projections and 4 D L on attention, hence a quadratic share of 1 / (6 D)."""
 
     def __post_init__(self) -> None:
         values = (self.linear, self.quadratic)

@@ -74,7 +74,7 @@ def _ranks(plan: Mapping[str, Any]) -> Iterable[str]:
     if not 0.8 <= cost["stream_ratio"] / max(cost["ratio"], 1e-12) <= 1.25:
         yield (
             f"             the stream balances by {cost['stream_ratio']:.3g} tokens^2; set "
-            f"pretrain.stream.cost={{linear:1,quadratic:{cost['ratio']:.3g}}}"
+            f"pretrain.stream.cost.linear=1 pretrain.stream.cost.quadratic={cost['ratio']:.3g}"
         )
     if not plan["tokens"]["pack_tokens"]:
         yield "             fill: of the largest pack met, since stream.pack_tokens sets no limit"
