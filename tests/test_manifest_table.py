@@ -1,5 +1,7 @@
 """The manifest as columns: same content as the objects, filters, damage found upon use."""
 
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,3 +203,18 @@ def test_flipped_bytes_anywhere_are_one_clear_line(path: Path) -> None:
             assert "\n" not in str(error)
             assert str(path) in str(error)
     assert found > 50
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_old_manifest(path: Path) -> None:
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(ManifestError, match="no room on the disk"):
+            write_manifest(studies()[:2], path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

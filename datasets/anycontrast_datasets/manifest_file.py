@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from anycontrast_datasets.disk import FULL
 from anycontrast_datasets.files import sync_path
 from anycontrast_datasets.manifest_schema import SCHEMA_VERSION
 from anycontrast_datasets.study import ManifestError
@@ -114,6 +115,9 @@ def write_table(
         path: File; replaced if it exists.
         mode: Permissions.
         fingerprint: What to store instead of the file's own, to say which manifest it belongs to.
+
+    Raises:
+        ManifestError: Code `disk_full`; what was there before is kept.
     """
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     hashes = ColumnHashes(schema)
@@ -138,6 +142,14 @@ def write_table(
             )
         sync_path(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ManifestError(
+            f"writing {path}: no room on the disk ({error.strerror}); make room or raise the "
+            "quota, then scan again",
+            code="disk_full",
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return fingerprint
