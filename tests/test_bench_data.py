@@ -60,6 +60,7 @@ def test_numbers_of_every_way_and_the_bars(studies: Path) -> None:
     }
     for bar in result["bars"].values():
         assert bar["met"] == (bar["value"] >= bar["bar"])
+    assert result["two_thread_control"]["best_wall"] > 0
     assert not (studies.parent / "bench" / "data-caches").exists(), "caches are removed"
 
 

@@ -9,6 +9,7 @@ store and MONAI's cache on disk are measured once more with the heap given back 
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import logging
 import shutil
@@ -106,6 +107,7 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
     record = open_store(made.store).records[0]
     raw_mb = 2 * np.prod(record.shape) * len(record.contrasts) / 1e6
     result = _result(config, timings, sizes, float(raw_mb))
+    result["two_thread_control"] = _hash_with_threads(config.rounds)
     result["trimmed_heap"] = {
         "cpu_ms_per_study": {n: round(t.cpu_ms, 3) for n, t in trimmed.items()},
         "page_faults_per_study": {n: median(t.page_faults) for n, t in trimmed.items()},
@@ -182,6 +184,26 @@ def _threaded_rival(store: StudyStore, folder: Path) -> Rival:
         return list(pool.map(lambda n, out: store.read(n, out=out), numbers, slots))
 
     return Rival(read, data_rivals.folder_bytes(folder))
+
+
+def _hash_with_threads(rounds: int) -> dict[str, float]:
+    """Say what two threads gain here at hashing, which nothing but missing cores holds up."""
+    content = bytes(32 * 2**20)
+
+    def digest(number: int) -> bytes:
+        return hashlib.sha256(content).digest()
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        ways: dict[str, Callable[[int], object]] = {
+            "one": digest,
+            "two": lambda item: list(pool.map(digest, range(NUM_THREADS))),
+        }
+        timings = alternate(ways, 4, rounds)
+    one, two = timings["one"], timings["two"]
+    return {
+        "wall": round(NUM_THREADS * one.wall_ms / two.wall_ms, 3),
+        "best_wall": round(NUM_THREADS * one.best_wall_ms / two.best_wall_ms, 3),
+    }
 
 
 def _slots(store: StudyStore) -> dict[str, Any]:
