@@ -335,6 +335,13 @@ def test_second_writer_is_refused(manifest: Path, tmp_path: Path) -> None:
     run_shard(manifest, tmp_path / "a", PREPARE, CONFIG, on_progress=progress)
 
 
+def test_a_folder_that_cannot_be_one_is_a_clear_error(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ShardError, match="must be a folder that can be written to"):
+            run_shard(manifest, place, PREPARE, CONFIG)
+
+
 def test_missing_manifest_is_a_manifest_error(tmp_path: Path) -> None:
     with pytest.raises(ManifestError):
         run_shard(tmp_path, tmp_path / "a", PREPARE, CONFIG)

@@ -120,7 +120,6 @@ def run_shard(
     studies = read_manifest(manifest)
     admitted, refused, dropped = admit(studies, config.faces)
     out_dir = out_dir.resolve()
-    out_dir.mkdir(parents=True, exist_ok=True)
     origin = _origin(prepare, config)
     with exclusive(out_dir):
         earlier = read_layout(out_dir)
@@ -146,8 +145,21 @@ def run_shard(
 
 @contextmanager
 def exclusive(out_dir: Path) -> Iterator[None]:
-    """Hold the folder for one writer; the lock ends with the process, however it ends."""
-    with (out_dir / LOCK_NAME).open("w") as file:
+    """Hold the folder for one writer; the lock ends with the process, however it ends.
+
+    Raises:
+        ShardError: If the folder cannot be made or written to, or is another writer's.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        file = (out_dir / LOCK_NAME).open("w")
+    except OSError as error:
+        raise ShardError(
+            f"sharding: {out_dir} must be a folder that can be written to, found: "
+            f"{error.strerror}; correct the path or its permissions",
+            code="folder_not_writable",
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from anycontrast_datasets.disk import full_disk_named
 from anycontrast_datasets.shard_receipt import ShardReceipt
 from anycontrast_datasets.shard_task import ShardTask, build_shard
 
@@ -79,13 +80,14 @@ def progress_path(shard: Path) -> Path:
 
 
 def _build_told(task: ShardTask) -> ShardReceipt:
-    with progress_path(task.path).open("wb", buffering=0) as file:
+    path = progress_path(task.path)
+    with full_disk_named(path, len(task.studies)), path.open("wb", buffering=0) as file:
 
         def on_study() -> None:
             file.write(b".")
 
         receipt = build_shard(task, on_study)
-    progress_path(task.path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     return receipt
 
 
