@@ -19,7 +19,7 @@ from pathlib import Path
 
 from anycontrast import __version__
 from anycontrast.log import setup_logging
-from anycontrast.verbs import VERBS, UsageError
+from anycontrast.verbs import VERBS, UsageError, benches
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,10 @@ def _verb_help(name: str) -> str:
         for section in verb.sections:
             make = sections[section]
             assert callable(make), f"{section} is a section of Config"
-            lines += _settings(make(), section)
+            lines += _settings(make(), f"{section}.")
+    if name == "bench":
+        for bench, options in benches().items():
+            lines += ["", f"Settings of {bench}, with their defaults:", *_settings(options(), "")]
     return "\n".join(lines)
 
 
@@ -77,9 +80,9 @@ def _settings(config: object, prefix: str) -> Iterator[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _settings(value, f"{prefix}.{field.name}")
+            yield from _settings(value, f"{prefix}{field.name}.")
             continue
-        yield f"  {prefix}.{field.name}={json.dumps(value, default=str)}"
+        yield f"  {prefix}{field.name}={json.dumps(value, default=str)}"
         text = " ".join(documented.get(field.name, "").split()).replace("None", "null")
         yield from textwrap.wrap(text, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
 

@@ -174,8 +174,16 @@ def _take_json(overrides: list[str]) -> tuple[list[str], bool]:
     return rest, asked[-1:] == ["true"]
 
 
+def benches() -> dict[str, type]:
+    """Return name -> class of options of every benchmark."""
+    modules = {name: import_module(f"anycontrast.bench.{name}") for name in BENCHES}
+    return {name: getattr(module, BENCHES[name]) for name, module in modules.items()}
+
+
 BENCHES = {
     "data": "DataBenchConfig",
+    "stream": "StreamBenchConfig",
+    "patches": "PatchesBenchConfig",
     "codecs": "CodecsBenchConfig",
     "manifest": "ManifestBenchConfig",
     "sharding": "ShardingBenchConfig",
