@@ -34,15 +34,9 @@ def vote(source: str, contrast: str, confidence: float) -> ContrastVote:
         ({"EchoTime": 0.012, "RepetitionTime": 0.6, "ScanningSequence": "SE"}, "T1w"),
         ({"EchoTime": 0.012, "RepetitionTime": 3.0, "ScanningSequence": "SE"}, "PDw"),
         ({"EchoTime": 0.02, "RepetitionTime": 0.65, "ScanningSequence": "GR"}, "T2starw"),
-        (
-            {
-                "EchoTime": 0.003,
-                "RepetitionTime": 0.008,
-                "FlipAngle": 15,
-                "SequenceName": "*fl3d1",
-            },
-            "T1w",
-        ),
+        ({"EchoTime": 0.0049, "RepetitionTime": 0.4, "SequenceName": "*fm2d2r"}, None),
+        ({"EchoTime": 0.004, "RepetitionTime": 0.02, "ScanningSequence": "GR"}, None),
+        ({"EchoTime": 0.09, "RepetitionTime": 6.0}, None),
         ({"EchoTime": 0.09, "SequenceName": "*ep_b1000t", "RepetitionTime": 6.0}, "DWI"),
         ({"EchoTime": 0.09, "SequenceName": "*ep_b0", "RepetitionTime": 6.0}, "b0"),
         ({"EchoTime": 0.09, "DiffusionBValue": 1000, "ScanningSequence": "EP"}, "DWI"),

@@ -244,3 +244,56 @@ def test_phantom_is_written_beside_the_manifest_and_keeps_its_ids(tmp_path: Path
     assert [s.study_id for s in studies] == [f"phantom-000{i}-1" for i in (1, 2, 3)]
     assert "contrast_disagreement" not in summary.by_flag
     assert all(volume.descriptor.te_s is not None for volume in studies[0].volumes)
+
+
+def test_the_same_voxels_twice_are_refused_in_a_study_and_flagged_across_people(
+    root: Path, tmp_path: Path
+) -> None:
+    image(root / "sub-JohnRoe_FLAIR.nii.gz", 7)
+    image(root / "sub-JohnRoe_PDw.nii.gz", 7)
+    image(root / "sub-Other_FLAIR.nii.gz", 7)
+    image(root / "sub-Third_T1w.nii.gz", 8)
+    out = tmp_path / "m"
+    summary = run_scan(replace(config(root), split_fractions=(0.34, 0.33, 0.33)), out)
+    assert summary.by_code["duplicate_volume"] == 1
+    assert summary.duplicates == 2
+    refused = {r.location: r for r in read_ledger(out / "private" / "ledger.csv")}
+    assert "sub-JohnRoe_FLAIR" in refused["sub-JohnRoe_PDw.nii.gz"].reason
+    studies = read_manifest(out / "manifest.parquet")
+    shared = [
+        study
+        for study in studies
+        for volume in study.volumes
+        if "duplicate_of_other_subject" in volume.flags
+    ]
+    assert len({study.subject_id for study in shared}) == 2
+    assert len({study.split for study in shared}) == 1
+
+
+def test_summary_counts_faces_confidence_and_near_duplicates(root: Path, tmp_path: Path) -> None:
+    summary = run_scan(config(root), tmp_path / "m")
+    assert summary.by_face == {"defaced": 4}
+    assert summary.by_confidence == {"high": 4}
+    assert (summary.disagreements, summary.duplicates, summary.near_duplicates) == (0, 0, 0)
+    written = json.loads((tmp_path / "m" / "summary.json").read_text())
+    assert written["by_confidence"] == {"high": 4}
+
+
+def test_a_sidecar_higher_up_and_a_description_settle_what_a_name_does_not_say(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "data"
+    image(folder / "sub-1" / "sub-1_scan.nii.gz")
+    image(folder / "sub-2" / "sub-2_T1w.nii.gz")
+    image(folder / "sub-3" / "sub-3_series.nii.gz")
+    physics = {"EchoTime": 0.095, "RepetitionTime": 9.0, "InversionTime": 2.5}
+    (folder / "scan.json").write_text(json.dumps(physics))
+    (folder / "T1w.json").write_text(json.dumps({"SeriesDescription": "JaneDoe t1 post gd"}))
+    (folder / "series.json").write_text(json.dumps({"ProtocolName": "gre field map phase"}))
+    summary = run_scan(config(folder), tmp_path / "m")
+    assert summary.by_contrast == {"FLAIR": 1, "T1wCE": 1}
+    assert summary.by_code == {"phase_image": 1}
+    volumes = [v for s in read_manifest(tmp_path / "m/manifest.parquet") for v in s.volumes]
+    sources = {v.contrast: [vote.source for vote in v.votes] for v in volumes}
+    assert sources == {"FLAIR": ["physics"], "T1wCE": ["bids", "description"]}
+    assert "JaneDoe" not in repr(volumes)

@@ -2,7 +2,8 @@
 
 In: the keys of a BIDS sidecar (times in seconds; milliseconds are recognised). Out: one vote with
 the values that led to it, or None. The rules stay silent where vendors differ: TR alone decides
-nothing, and a gradient echo between the known windows has no vote.
+nothing, a gradient echo outside the known windows has no vote (T1w, angiography and field maps
+share its values), and a long echo of an unknown sequence has none either (it may be diffusion).
 
 Source: reference/data.md, section 4, rule 3; BIDS specification 1.10 (units).
 """
@@ -29,13 +30,11 @@ MPRAGE_TE_S = 0.006
 T1_FLAIR_TE_S = 0.03
 SHORT_SE_TE_S = 0.025
 """Below: T1w or PDw of a spin echo."""
+LONGEST_PD_TE_S = 0.04
 T1_SE_TR_S = 0.9
 """Below: T1w of a spin echo."""
 T2STAR_TE_S = (0.012, 0.045)
 """Echo times of gradient echoes made for susceptibility."""
-SPOILED_FLIP_DEG = 12.0
-"""Above, with a short echo: a spoiled gradient echo is T1w."""
-SPOILED_TR_S = 0.5
 MIN_DIFFUSION_B = 50.0
 """s/mm^2; below counts as b = 0."""
 
@@ -149,29 +148,19 @@ def _rule(p: Physics) -> tuple[str, float] | None:
             return "T1w", 0.9
         if te < T1_FLAIR_TE_S:
             return "T1w", 0.8
-    return _rule_gradient_echo(p, te) if p.sequence == "GR" else _rule_spin_echo(p, te)
-
-
-def _rule_gradient_echo(p: Physics, te: float) -> tuple[str, float] | None:
-    if _between(te, T2STAR_TE_S):
+    if p.sequence == "GR" and _between(te, T2STAR_TE_S):
         return "T2starw", 0.75
-    if p.flip_deg is None or p.tr_s is None or p.ti_s is not None:
-        return None
-    if te < MPRAGE_TE_S and p.tr_s < SPOILED_TR_S and p.flip_deg >= SPOILED_FLIP_DEG:
-        return "T1w", 0.7
-    return None
+    return _rule_spin_echo(p, te) if p.sequence == "SE" and ti is None else None
 
 
 def _rule_spin_echo(p: Physics, te: float) -> tuple[str, float] | None:
-    """Spin echoes; without a stated sequence only what a gradient echo never has, less surely."""
-    sure = p.sequence == "SE"
-    if p.tr_s is None or p.ti_s is not None:
+    if p.tr_s is None:
         return None
     if te > LONG_TE_S and p.tr_s > LONG_TR_S:
-        return "T2w", 0.85 if sure else 0.65
-    if sure and te < SHORT_SE_TE_S and p.tr_s < T1_SE_TR_S:
+        return "T2w", 0.85
+    if te < SHORT_SE_TE_S and p.tr_s < T1_SE_TR_S:
         return "T1w", 0.8
-    if sure and te < 0.04 and p.tr_s > LONG_TR_S:
+    if te < LONGEST_PD_TE_S and p.tr_s > LONG_TR_S:
         return "PDw", 0.7
     return None
 
