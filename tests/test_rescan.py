@@ -135,6 +135,23 @@ def test_a_damaged_cache_is_read_around(
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_scan_cut_off_goes_on_where_it_was(
+    config: ScanConfig, tmp_path: Path, read: list[str]
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_scan(replace(config, num_threads=1), tmp_path / "m", on_progress=stop)
+    first = set(read)
+    assert len(first) >= 5
+    read.clear()
+    run_scan(config, tmp_path / "m")
+    assert not first & set(read)
+    assert files_of(tmp_path / "m") == fresh(config, tmp_path / "fresh")
+
+
 def test_a_file_touched_without_a_change_is_read_and_comes_to_the_same(
     config: ScanConfig, root: Path, tmp_path: Path, read: list[str]
 ) -> None:

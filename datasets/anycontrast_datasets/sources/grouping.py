@@ -51,10 +51,11 @@ def build_studies(
                 outcomes.append(pending.pop(claim.location).result())
                 done += 1
                 _report(options, done, len(claims))
+            inspector.cache.save_if_due()
             yield from _assemble(options.dataset, options.naming(subject, session), outcomes)
     finally:
         executor.shutdown(cancel_futures=True)
-    inspector.cache.save()
+        inspector.cache.save(is_whole=done == len(claims))
 
 
 def _decide(claim: FileClaim | Refusal, options: SourceOptions) -> FileClaim | Refusal:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_NAME = "inspected.jsonl"
 _HEADER = "anycontrast inspections 1"
+_SAVE_EVERY_S = 600.0
 
 
 class InspectionCache:
@@ -41,6 +43,7 @@ class InspectionCache:
         self._options = _options_text(options)
         self._earlier = _load(self._path) if options.reuse_outcomes else {}
         self._current: dict[str, str] = {}
+        self._saved_at_s = time.monotonic()
 
     def key(self, root: Path, claim: FileClaim, sidecar: Sidecar) -> str:
         """Return what the outcome of a file depends on, as a hash; empty without a cache."""
@@ -69,10 +72,18 @@ class InspectionCache:
             with self._lock:
                 self._current[key] = line
 
-    def save(self) -> None:
-        """Write the outcomes of this scan; those of files that are gone are forgotten."""
+    def save_if_due(self) -> None:
+        """Write what there is every ten minutes, so that a scan cut off goes on from there."""
+        if time.monotonic() - self._saved_at_s > _SAVE_EVERY_S:
+            self.save(is_whole=False)
+
+    def save(self, *, is_whole: bool) -> None:
+        """Write the outcomes of this scan; after a whole one, those of files gone are forgotten."""
+        self._saved_at_s = time.monotonic()
         if self._path is not None:
-            rows = [f"{key}\t{line}" for key, line in sorted(self._current.items())]
+            with self._lock:
+                kept = self._current if is_whole else self._earlier | self._current
+                rows = [f"{key}\t{line}" for key, line in sorted(kept.items())]
             text = "\n".join([_HEADER, *rows]) + "\n"
             write_atomically(self._path, text.encode(), mode=0o600)
 
