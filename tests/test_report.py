@@ -1,12 +1,8 @@
-"""The report: one page of numbers and pictures, without network, without rare cells, escaped."""
+"""The numbers of a report: what it counts of a manifest, and what it withholds."""
 
-import base64
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,6 @@ from anycontrast_datasets.ledger import Refusal, refuse, write_ledger
 from anycontrast_datasets.manifest import write_manifest
 from anycontrast_datasets.report import write_report
 from anycontrast_datasets.report_cells import WITHHELD
-from anycontrast_datasets.report_pictures import encode_png
-from anycontrast_datasets.report_text import embedded_json, visible
 from anycontrast_datasets.study import (
     ContrastVote,
     Label,
@@ -28,18 +22,6 @@ from anycontrast_datasets.study import (
 )
 
 EYE = ((1.0, 0, 0, 0), (0, 1.0, 0, 0), (0, 0, 1.0, 0), (0, 0, 0, 1.0))
-HOSTILE = {
-    "script": "<script>alert(1)</script>",
-    "attribute": '" onmouseover="alert(1)',
-    "ansi": "\x1b[31mred\x1b[0m",
-    "formula": "=HYPERLINK(A1)",
-    "plus": "+1+cmd|' /C calc'!A0",
-    "long": "x" * 10_000,
-    "end of script": "</script><img src=x onerror=alert(1)>",
-    "direction": "abc\u202egnp.exe",
-    "entity": "&lt;b&gt;",
-    "null": "a\x00b\r\nc",
-}
 
 
 def make_study(
@@ -100,30 +82,6 @@ def numbers_of(page: Path) -> dict[str, Any]:
     assert found is not None
     numbers: dict[str, Any] = json.loads(found[1])
     return numbers
-
-
-class Elements(HTMLParser):
-    """Tags, attributes and text of a page, as a browser takes them."""
-
-    VOID = ("meta", "link", "img", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID and not (self.get_starttag_text() or "").endswith("/>"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, tag
-        assert self.open.pop() == tag
 
 
 def test_the_page_counts_what_the_manifest_holds(
@@ -251,59 +209,6 @@ def test_one_is_enough_for_data_of_nobody(report_on: Callable[..., dict[str, Any
     assert not [c for c in leaves(numbers) if isinstance(c, str) and c in ("< 1", WITHHELD)]
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_text_from_data_cannot_act(
-    kind: str, report_on: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    text = HOSTILE[kind]
-    volumes = {
-        "flags": (text,),
-        "votes": (ContrastVote(source=text, contrast="T1w", confidence=1),),
-    }
-    studies = [make_study(i, dataset=text, site=text, volumes=volumes) for i in range(12)]
-    refusals = [Refusal(text, text, text, text) for _ in range(12)]
-    report_on(studies, refusals=refusals)
-    page = (tmp_path / "out" / "report.html").read_text()
-    elements = Elements(page)
-    assert not elements.open, "every element is closed"
-    assert [attributes for tag, attributes in elements.tags if tag == "script"] == [
-        {"type": "application/json", "id": "numbers"}
-    ]
-    assert not [a for _, attributes in elements.tags for a in attributes if a.startswith("on")]
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", page)
-    assert "x" * 100 not in page
-    cells = re.findall(r">([^<>]*)</(?:span|td|th)>", page)
-    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "-"))]
-
-
-def test_a_page_asks_for_nothing(report_on: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    report_on([make_study(i, ("T1w", "FLAIR")) for i in range(20)])
-    elements = Elements((tmp_path / "out" / "report.html").read_text())
-    for tag, attributes in elements.tags:
-        for name in ("src", "href", "action", "poster", "data", "srcset", "xlink:href"):
-            address = attributes.get(name)
-            assert address is None or address.startswith(("data:", "#")), (tag, address)
-        if tag == "img":
-            assert attributes.get("alt")
-        if tag == "svg" and attributes.get("role") == "img":
-            assert attributes.get("aria-label")
-    policies = [a for tag, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert str(policies[0]["content"]).startswith("default-src 'none'")
-    targets = {a["href"] for tag, a in elements.tags if tag == "a"} - {None}
-    ids = {f"#{a['id']}" for _, a in elements.tags if a.get("id")}
-    assert {t for t in targets if t and t.startswith("#")} <= ids
-
-
-def test_the_numbers_can_be_downloaded(
-    report_on: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    numbers = report_on([make_study(i) for i in range(20)])
-    page = (tmp_path / "out" / "report.html").read_text()
-    found = re.search(r'download="report.json" href="data:application/json;base64,([^"]*)"', page)
-    assert found is not None
-    assert json.loads(base64.b64decode(found[1])) == numbers
-
-
 def test_near_duplicates_are_counted_by_kind(report_on: Callable[..., dict[str, Any]]) -> None:
     rng = np.random.default_rng(0)
     hashes = [rng.integers(0, 256, 64, dtype=np.uint8).tobytes().hex() for _ in range(30)]
@@ -380,66 +285,6 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="min_cell must be at least 1"):
         write_report(tmp_path, tmp_path / "report.html", min_cell=0)
     assert not (tmp_path / "report.html").exists()
-
-
-def test_names_stay_names() -> None:
-    assert visible("brats-2024 (é)") == "brats-2024 (é)"
-    assert visible("\x1b[0m") == "\\x1b[0m"
-    assert visible("=1") == "'=1"
-    assert len(visible("y" * 100)) == 60
-    assert embedded_json({"a": "</script>&"}) == r'{"a":"\u003c/script\u003e\u0026"}'
-
-
-def test_png_is_png(tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
-    image = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-    (tmp_path / "a.png").write_bytes(encode_png(image))
-    np.testing.assert_allclose(imread(tmp_path / "a.png") * 255, image, atol=1e-4)
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--enable-logging=stderr --v=0 --window-size=1280,2000"
-)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_a_browser_opens_the_page_without_error_or_request(
-    report_on: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    studies = [make_study(i, ("T1w", "FLAIR"), dataset=HOSTILE["script"]) for i in range(20)]
-    report_on(studies)
-    # Around the report, one request and one message that must be found: the watch is awake.
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        '<iframe src="out/report.html" width="1280" height="1900"></iframe>'
-        '<img src="http://127.0.0.1:9/watch"><script>console.error("watch")</script>'
-    )
-    log, picture = tmp_path / "net.json", tmp_path / "page.png"
-    command = [
-        str(CHROMIUM),
-        *QUIET.split(),
-        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--log-net-log={log}",
-        f"--screenshot={picture}",
-        frame.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert picture.is_file(), done.stderr
-    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert len(messages) == 1, messages
-    assert '"watch"' in messages[0]
-    # The browser's own requests have no origin; those of a page do.
-    requests = {
-        event["params"]["url"]
-        for event in json.loads(log.read_text())["events"]
-        if event.get("params", {}).get("initiator", "not an origin") != "not an origin"
-    }
-    assert requests == {"http://127.0.0.1:9/watch"}
 
 
 @pytest.mark.parametrize("seed", range(3))

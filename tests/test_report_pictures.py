@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from anycontrast_datasets.manifest import write_manifest
+from anycontrast_datasets.manifest import manifest_fingerprint, write_manifest
 from anycontrast_datasets.report import write_report
 from anycontrast_datasets.report_pictures import MAX_STUDIES, montage
 from anycontrast_datasets.study import ShardError, Study, StudyArrays, Volume
@@ -117,6 +117,7 @@ def test_a_damaged_study_leaves_a_gap(shelf: Shelf, caplog: pytest.LogCaptureFix
         ("stripped", {"montage": False}, 0, "switched off"),
         ("stripped", {"shards": None}, 0, "no shards were given"),
         ("stripped", {"min_cell": 13}, 0, "no pictures"),
+        ("stripped", {"made_from": "0" * 64}, 0, "not made from this manifest"),
     ],
 )
 def test_the_page_says_why_there_are_no_pictures(
@@ -145,6 +146,11 @@ def test_the_page_says_why_there_are_no_pictures(
     ]
     write_manifest(studies, tmp_path / "manifest.parquet")
     given = {"shards": tmp_path, **options}
+    made_from = given.pop("made_from", manifest_fingerprint(tmp_path / "manifest.parquet"))
+    monkeypatch.setattr(
+        "anycontrast_datasets.store.reader.describe_store",
+        lambda _: {"manifest_fingerprint": made_from},
+    )
     summary = write_report(tmp_path, tmp_path / "report.html", **given)  # type: ignore[arg-type]
     page = (tmp_path / "report.html").read_text()
     assert summary["pictures"] == pictures

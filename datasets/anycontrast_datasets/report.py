@@ -153,12 +153,15 @@ def _pictures(
     synthetic: bool,
 ) -> tuple[Mapping[str, Sequence[Picture]], str]:
     """Return pictures per contrast, and what to say about them or their absence."""
-    from anycontrast_datasets.store.reader import open_store
+    from anycontrast_datasets.store.reader import describe_store, open_store
 
     if not allowed:
         return {}, "Pictures were switched off (montage=false)."
     if shards is None:
         return {}, "There are no pictures: no shards were given to take them from."
+    if describe_store(shards).get("manifest_fingerprint") != numbers["manifest"]:
+        # What the manifest says of faces holds for the voxels it was made with, and no others.
+        return {}, "There are no pictures: the shards were not made from this manifest."
     shown = [row["name"] for row in numbers["contrasts"] if isinstance(row["studies"], int)]
     states = {
         (columns.study_ids[study], columns.contrast.names[contrast]): columns.face.names[face]
