@@ -151,6 +151,24 @@ def test_a_lost_shard_is_written_again_with_the_same_bytes(run_copy: Path) -> No
     assert shard.read_bytes() == whole
 
 
+def test_shards_of_another_manifest_are_named_and_used_by_nothing(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tmp_path / "runs" / "tiny" / "shards", tmp_path / "elsewhere")
+    words = [str(run_copy), "scan.contrasts=[DWI]"]
+    assert main(["scan", *words]) == 0
+    for verb in ("validate", "pretrain", "finetune", "evaluate", "zarr"):
+        for place in ("", "store.location=" + str(tmp_path / "elsewhere")):
+            capsys.readouterr()
+            assert main([verb, *words, *filter(None, [place])]) == 3, verb
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "made from another manifest" in line
+            assert ("set another `name=`" if place else "run `anycontrast shard`") in line
+    stages.shard(load_config(run_copy, words[1:]))
+    assert main(["validate", *words]) == 0
+    assert main(["validate", *words, f"store.location={tmp_path / 'elsewhere'}"]) == 3
+
+
 def test_a_new_model_is_evaluated_again(run_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = load_config(run_copy)
     with caplog.at_level(logging.INFO):

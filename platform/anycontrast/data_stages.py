@@ -162,11 +162,13 @@ def zarr(config: "Config") -> dict[str, Any]:
     """Copy the prepared studies into a Zarr store, for viewers, crops and other tools.
 
     Raises:
-        ShardError: there are no shards, or another process writes the folder.
+        ShardError: there are no shards, they are of another manifest than the run's, or another
+            process writes the folder.
     """
-    from anycontrast.shards import open_shards
+    from anycontrast.shards import check_manifest, open_shards
     from anycontrast_datasets.store.zarr_writer import write_zarr_store
 
+    check_manifest(config)
     store = open_shards(config)
     with progress("writing zarr", "studies") as on_progress:
         return write_zarr_store(store, config.paths.zarr, config.zarr, on_progress=on_progress)

@@ -1,9 +1,10 @@
-"""Where the shards of a run are read from: its own folder, or an address with a cache."""
+"""Where the shards of a run are read from, and whether they are those of its manifest."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anycontrast_datasets.store.byte_source import parse_location
 from anycontrast_datasets.store.cache import CacheConfig
 
 if TYPE_CHECKING:
@@ -35,3 +36,41 @@ def open_shards(config: "Config") -> "StudyStore":
 def shards_location(config: "Config") -> Path | str:
     """Return the folder or address that the prepared studies of a run are read from."""
     return config.paths.shards if config.store.location is None else config.store.location
+
+
+def shown_location(config: "Config") -> str:
+    """Return where the prepared studies are read from as messages may say it: without secrets."""
+    return parse_location(shards_location(config)).shown
+
+
+def check_manifest(config: "Config") -> None:
+    """Check that the run's manifest, if it has one, is the one that its shards were made from.
+
+    After another scan, or a withdrawal, shards that were left as they are hold other studies than
+    the manifest lists.
+
+    Raises:
+        ManifestError: the manifest cannot be read.
+        ShardError: they do not belong together, or `open_shards` would refuse the shards.
+    """
+    from anycontrast_datasets.manifest import MANIFEST_NAME, manifest_fingerprint
+    from anycontrast_datasets.store.reader import describe_store
+    from anycontrast_datasets.study import ShardError
+
+    manifest = config.paths.manifest / MANIFEST_NAME
+    if not manifest.is_file():
+        return
+    wanted = manifest_fingerprint(manifest)
+    found = describe_store(shards_location(config)).get("manifest_fingerprint", wanted)
+    if found == wanted:
+        return
+    is_own = config.store.location is None
+    remedy = (
+        "run `anycontrast shard` again (what has not changed is kept)"
+        if is_own
+        else "copy this run's shards there, or set another `name=` for a run without this manifest"
+    )
+    raise ShardError(
+        f"checking {shown_location(config)}: these shards were made from another manifest "
+        f"({str(found)[:16]}) than {manifest} ({wanted[:16]}); {remedy}"
+    )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from anycontrast import __version__
 from anycontrast.log import progress
+from anycontrast.shards import check_manifest
 from anycontrast.training.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -105,8 +106,10 @@ def ensure_shards(config: Config) -> None:
 
     Raises:
         ConfigError: there are no shards, and their source is not the phantom.
+        ShardError: there are shards, of another manifest than the run's.
     """
     if config.store.location is not None or (config.paths.shards / "dataset.json").is_file():
+        check_manifest(config)
         return
     if config.scan.source != "phantom":
         raise ConfigError(
@@ -153,6 +156,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     Raises:
         CheckpointError: nothing was finetuned, or its checkpoint is damaged.
         ManifestError: no labelled study in the split.
+        ShardError: there are no shards, or they are of another manifest than the run's.
     """
     from anycontrast.evaluation.evaluate import find_finetuned, run_evaluate
     from anycontrast.shards import shards_location
@@ -160,6 +164,8 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     out = config.paths.report
     models = find_finetuned(config.paths.finetune)
+    if models:
+        check_manifest(config)
     data = describe_store(shards_location(config)) if models else None
     checkpoints = [_digest(str(path / "manifest.json")) for path in models.values()]
     key = _key("evaluate", asdict(config.evaluate), data, checkpoints)

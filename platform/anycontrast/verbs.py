@@ -51,16 +51,17 @@ def _stage(name: str) -> Callable[[list[str], list[str]], object]:
 
 def _validate(words: list[str], overrides: list[str]) -> object:
     path = _config_file(words)
-    from anycontrast.shards import open_shards, shards_location
+    from anycontrast.shards import check_manifest, open_shards, shown_location
     from anycontrast.training.config import load_config
     from anycontrast_datasets.manifest import read_manifest
     from anycontrast_datasets.study import ShardError
 
     config = load_config(path, overrides)
     studies = read_manifest(config.paths.manifest / "manifest.parquet")
+    check_manifest(config)
     store = open_shards(config)
     if problems := store.verify():
-        raise ShardError(f"validating {shards_location(config)}: {'; '.join(problems)}")
+        raise ShardError(f"validating {shown_location(config)}: {'; '.join(problems)}")
     return {
         "studies": len(studies),
         "sharded": len(store.records),
