@@ -128,6 +128,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["pretrain.stream.crop_vox=[30, 32, 32]"], "crop_vox"),
         (["pretrain.stream.labels=true"], "labels"),
         (["masking.target_fraction=0.5"], "target_fraction"),
+        (["scan.faces=allow"], r"shard\.faces=allow"),
         (["pretrain.steps=5", "pretrain.optim.warmup_steps=5"], r"pretrain\.optim\.warmup_steps"),
         (["finetune.steps=5", "finetune.optim.warmup_steps=5"], r"finetune\.optim\.warmup_steps"),
         (["finetune.steps=50"], r"finetune\.optim\.warmup_steps must be < finetune\.steps \(50\)"),

@@ -279,3 +279,15 @@ def test_an_export_that_is_killed_leaves_the_old_release(
         stages.export(config)
     assert (config.paths.release / "encoder" / "README.md").read_bytes() == before
     assert sorted(p.name for p in config.paths.release.iterdir()) == list(KINDS)
+
+
+def test_a_model_that_saw_faces_gets_no_open_licence(run_copy: Path) -> None:
+    config = load_config(run_copy)
+    record = config.paths.shards / "dataset.json"
+    dataset = json.loads(record.read_text())
+    dataset["shard"]["faces"] = "allow"
+    record.write_text(json.dumps(dataset))
+    with pytest.raises(ReleaseError, match=r"may not be released as Apache-2\.0"):
+        stages.export(config)
+    own = load_config(run_copy, ["export.license=LicenseRef-Ours"])
+    assert len(stages.export(own)["releases"]) == 2

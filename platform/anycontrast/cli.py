@@ -44,7 +44,7 @@ def _help() -> str:
         "",
         "usage: anycontrast VERB ...          anycontrast VERB --help lists the verb's settings",
         "",
-        *(f"  {name:9} {verb.usage:37} {verb.help}" for name, verb in VERBS.items()),
+        *(f"  {name:12} {verb.usage:37} {verb.help}" for name, verb in VERBS.items()),
         "",
         "CONFIG is a YAML file; key=value words override it, e.g. pretrain.steps=500. Everything a",
         "run makes lies under <root>/<name>/, by default runs/demo/. Results are JSON on standard",

@@ -106,15 +106,43 @@ def withdraw(config: "Config", subject: str) -> dict[str, Any]:
     """
     from anycontrast_datasets.withdraw import withdraw_subject
 
-    key = config.scan.pseudonym_key_file
-    summary = withdraw_subject(
-        config.paths.manifest,
-        config.paths.shards,
-        subject,
-        checkpoints_dirs=(config.paths.pretrain, config.paths.finetune),
-        key_file=None if key is None else Path(key),
-    )
+    summary = withdraw_subject(*_of_subject(config, subject), **_with_checkpoints(config))
+    if (config.paths.zarr / "dataset.json").is_file():
+        zarr(config)
+    left = [path for path in config.paths.report.glob("*") if path.suffix in {".html", ".png"}]
+    if left:
+        logger.warning(
+            "pictures and counts of before the withdrawal are still in %s; make them again or "
+            "remove them",
+            config.paths.report,
+        )
     return asdict(summary)
+
+
+def which_models(config: "Config", subject: str) -> dict[str, Any]:
+    """Name the checkpoints of the run that were trained with a subject.
+
+    Args:
+        config: Of the run.
+        subject: Pseudonym, or id in the source.
+
+    Raises:
+        ManifestError: there is and was no such subject.
+    """
+    from anycontrast_datasets import withdraw as withdrawal
+
+    found = withdrawal.which_models(*_of_subject(config, subject), **_with_checkpoints(config))
+    return asdict(found)
+
+
+def _of_subject(config: "Config", subject: str) -> tuple[Path, Path, str]:
+    return config.paths.manifest, config.paths.shards, subject
+
+
+def _with_checkpoints(config: "Config") -> dict[str, Any]:
+    key = config.scan.pseudonym_key_file
+    folders = (config.paths.pretrain, config.paths.finetune)
+    return {"checkpoints_dirs": folders, "key_file": None if key is None else Path(key)}
 
 
 def plan(config: "Config") -> tuple[dict[str, Any], str]:

@@ -40,7 +40,7 @@ def scan(config: Config) -> dict[str, Any]:
         ManifestError: nothing to scan, or nothing accepted (the ledger says why).
     """
     from anycontrast_datasets.scan import run_scan
-    from anycontrast_datasets.withdraw import WITHDRAWN_NAME
+    from anycontrast_datasets.withdraw_rows import WITHDRAWN_NAME
 
     out = config.paths.manifest
     is_phantom = config.scan.source == "phantom"

@@ -119,14 +119,17 @@ def _report(words: list[str], overrides: list[str]) -> object:
     return report(load_config(path if is_config else None, overrides), None if is_config else path)
 
 
-def _withdraw(words: list[str], overrides: list[str]) -> object:
-    if not words:
-        raise UsageError("expected SUBJECT, got nothing")
-    path = _config_file(words[1:])
-    from anycontrast.data_stages import withdraw
-    from anycontrast.training.config import load_config
+def _subject_stage(name: str) -> Callable[[list[str], list[str]], object]:
+    def run(words: list[str], overrides: list[str]) -> object:
+        if not words:
+            raise UsageError("expected SUBJECT, got nothing")
+        path = _config_file(words[1:])
+        from anycontrast import data_stages
+        from anycontrast.training.config import load_config
 
-    return withdraw(load_config(path, overrides), words[0])
+        return getattr(data_stages, name)(load_config(path, overrides), words[0])
+
+    return run
 
 
 def _view(words: list[str], overrides: list[str]) -> object:
@@ -214,7 +217,14 @@ VERBS = {
     ),
     "zarr": Verb(_RUN, "shards -> Zarr store with OME-NGFF images", _data_stage("zarr"), ("zarr",)),
     "withdraw": Verb(
-        "SUBJECT [CONFIG] [key=value ...]", "remove a subject from manifest and shards", _withdraw
+        "SUBJECT [CONFIG] [key=value ...]",
+        "remove a subject from manifest and shards",
+        _subject_stage("withdraw"),
+    ),
+    "which-models": Verb(
+        "SUBJECT [CONFIG] [key=value ...]",
+        "checkpoints trained with a subject",
+        _subject_stage("which_models"),
     ),
     "pretrain": Verb(
         _RUN,

@@ -184,6 +184,16 @@ def _write_json(path: Path, values: Any) -> None:
     write_synced(path, json.dumps(values, indent=2, sort_keys=True).encode())
 
 
+def _check_faces(dataset: dict[str, Any], spdx: str) -> None:
+    """Refuse an open licence for a model that has seen faces: it may recall them."""
+    if dataset.get("shard", {}).get("faces") == "allow" and not spdx.startswith("LicenseRef-"):
+        raise ReleaseError(
+            f"export: the shards were made with shard.faces=allow, so the model has seen faces and "
+            f"may not be released as {spdx}; set export.license=LicenseRef-NAME and "
+            "export.license_file for terms of your own, or train on shards without faces"
+        )
+
+
 def _facts(config: "Config", state: dict[str, Any], kind: str) -> dict[str, Any]:
     """Everything `config.json` holds, from the checkpoint and the shards rather than the config."""
     from anycontrast.shards import open_shards, shards_location
@@ -191,6 +201,7 @@ def _facts(config: "Config", state: dict[str, Any], kind: str) -> dict[str, Any]
 
     store = open_shards(config)
     dataset = describe_store(shards_location(config))
+    _check_faces(dataset, config.export.license)
     seen = Counter(c for r in store.records if r.split == "train" for c in r.contrasts)
     model_config, trained = state["model_config"], state["config"]
     is_segmenter = kind == "segmenter"

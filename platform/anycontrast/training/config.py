@@ -241,6 +241,11 @@ def check_compatible(config: Config) -> None:
         )
     if stream.labels:
         raise ConfigError("pretrain.stream.labels must be false: pretraining uses no labels")
+    if config.scan.faces == "allow" and config.shard.faces == "refuse":
+        raise ConfigError(
+            "scan.faces=allow takes volumes with a face into the manifest and shard.faces=refuse "
+            "leaves them out again; set shard.faces=allow too"
+        )
     if config.masking.target_fraction < 1 and model.decoder == "joint":
         raise ConfigError(
             "masking.target_fraction below 1 needs model.decoder=cross, since the joint decoder "
