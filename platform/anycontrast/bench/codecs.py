@@ -1,4 +1,4 @@
-"""Which codec, and with `chunks.py` which chunk shape: measured, `anycontrast bench codecs`.
+"""Which codec and which chunk shape, by measurement: `anycontrast bench codecs`.
 
 Volumes as int16 codes: what is left of their bytes, how fast they are compressed and read again.
 Noisy ones made from tissue maps, and published skull-stripped ones on the frame they came in, when
