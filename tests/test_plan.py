@@ -33,7 +33,7 @@ from anycontrast_datasets.plan_sizes import (
 from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.stream import StudyStream
 from anycontrast_datasets.stream_config import StreamConfig
-from anycontrast_datasets.study import ManifestError, ShardError, Study, Volume
+from anycontrast_datasets.study import ManifestError, ShardError, Study, StudyError, Volume
 
 PATCH = (8, 8, 8)
 RANKS = [2**n for n in range(11)]
@@ -267,6 +267,17 @@ def test_shards_of_another_manifest_are_left_aside(
     assert plan["tokens"]["basis"].startswith("the manifest, assuming")
     assert plan["ranks_skipped"] == [1024]
     assert "too few studies for a step on 1024 ranks" in render(plan)
+
+
+def test_more_gpus_than_the_studies_feed_are_skipped_in_a_line(tiny_run: Config) -> None:
+    plan = planned(tiny_run, gpus=4096, ranks=[1, 2, 4096])
+    assert (plan["ranks_skipped"], plan["assumed"]["gpus"]) == ([4096], 2)
+    same = planned(tiny_run, gpus=2, ranks=[2])
+    assert plan["training"]["studies_per_s"] == same["training"]["studies_per_s"]
+    assert "too few studies for a step on 4,096 GPUs, so this is for 2" in render(plan)
+    with pytest.raises(StudyError, match="planning 4096 ranks: a step takes") as caught:
+        planned(tiny_run, gpus=4096, ranks=[4096])
+    assert "\n" not in str(caught.value)
 
 
 def test_options_out_of_range_are_refused() -> None:

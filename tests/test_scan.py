@@ -1,5 +1,8 @@
 """The whole scan: files written, counts, privacy, determinism, splits, and clear refusals."""
 
+import base64
+import hashlib
+import hmac
 import json
 import os
 from dataclasses import replace
@@ -122,17 +125,20 @@ def test_a_given_key_is_used_and_a_wrong_one_is_refused(root: Path, tmp_path: Pa
         run_scan(with_key, tmp_path / "three")
 
 
-def test_pseudonyms_cannot_be_found_by_trying_ids_without_the_key() -> None:
-    split = SplitRule("ds", "salt", (0.8, 0.1, 0.1))
-    secret = PseudonymNaming(os.urandom(32), "ds", split)
-    names = {secret(f"{i:04d}", "1").study_id for i in range(500)}
-    guesses = [
-        PseudonymNaming(key, "ds", split)(f"{i:04d}", "1").study_id
-        for key in (b"", b"ds", b"salt")
-        for i in range(500)
-    ]
+def test_a_dictionary_of_a_million_ids_finds_no_one_without_the_key() -> None:
+    key = os.urandom(32)
+    naming = PseudonymNaming(key, "ds", SplitRule("ds", "salt", (0.8, 0.1, 0.1)))
+    names = {naming(f"{i:06d}", "1").subject_id for i in range(0, 1_000_000, 2000)}
     assert len(names) == 500
-    assert names.isdisjoint(guesses)
+    digests = {base64.b32decode(name.upper()) for name in names}  # of 10 bytes each
+    # What is hashed for subject "000000" of data set "ds", up to the id.
+    start = b"".join(len(part).to_bytes(4, "big") + part for part in (b"subject", b"ds"))
+    start += (6).to_bytes(4, "big")
+    ids = [b"%06d" % i for i in range(1_000_000)]
+    keyed = (hmac.digest(key, start + i, "sha256")[:10] for i in ids[::2000])
+    assert digests == set(keyed), "whoever has the key must find them all"
+    assert digests.isdisjoint(hashlib.sha256(i).digest()[:10] for i in ids)
+    assert digests.isdisjoint(hashlib.sha256(start + i).digest()[:10] for i in ids)
 
 
 def test_split_is_by_subject_near_its_fractions_and_follows_the_salt() -> None:

@@ -109,8 +109,7 @@ def plan_ranks(
     plans = {}
     found = []
     for world_size in world_sizes:
-        shares = stream.packs_per_step % world_size == 0
-        packs = stream.packs_per_step if shares else world_size
+        packs = _packs_per_step(stream, world_size)
         if stream.pack_tokens is None:
             found.append(_count_plan(tokens, costs, stream, packs, world_size))
             continue
@@ -134,6 +133,12 @@ def plan_ranks(
             )
         )
     return found
+
+
+def studies_needed(stream: StreamConfig, world_size: int) -> int:
+    """Return how many studies an epoch needs for every rank to have its part of a step."""
+    packs = _packs_per_step(stream, world_size)
+    return packs if stream.pack_tokens is not None else _studies_per_step(stream, packs)
 
 
 def plan_storage(
@@ -184,6 +189,14 @@ def stored_voxels(store: StudyStore) -> float:
     return float(sum(math.prod(r.shape) * len(r.volumes) for r in store.records))
 
 
+def _packs_per_step(stream: StreamConfig, world_size: int) -> int:
+    return stream.packs_per_step if stream.packs_per_step % world_size == 0 else world_size
+
+
+def _studies_per_step(stream: StreamConfig, packs: int) -> int:
+    return max(packs, round(stream.studies_per_step * packs / stream.packs_per_step))
+
+
 def _order(sizes: StudySizes, stream: StreamConfig, seed: int) -> Ints:
     """Return the first epoch's studies in the order the stream serves them."""
     if stream.mixing.is_even:
@@ -199,7 +212,7 @@ def _count_plan(
     tokens: Floats, costs: Floats, stream: StreamConfig, packs: int, world_size: int
 ) -> RankPlan:
     """Simulate steps of a fixed number of studies, shared out as `step_plan.CountPlanner` does."""
-    per_step = max(packs, round(stream.studies_per_step * packs / stream.packs_per_step))
+    per_step = _studies_per_step(stream, packs)
     if len(tokens) < per_step:
         raise StudyError(
             f"planning {world_size} ranks: a step takes {per_step} studies, the epoch has "

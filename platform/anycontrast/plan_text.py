@@ -62,6 +62,11 @@ def _training(plan: Mapping[str, Any]) -> Iterable[str]:
         f"{training['studies_per_s']:,.1f} studies/s, "
         f"{training['flops_per_study'] / 1e12:,.2f} TFLOP a study"
     )
+    if assumed["gpus"] != assumed["gpus_asked"]:
+        yield (
+            f"             (too few studies for a step on {assumed['gpus_asked']:,} GPUs, so this "
+            f"is for {assumed['gpus']:,})"
+        )
     yield f"reading      {_bytes(training['bytes_per_s'])}/s of shards, over all ranks"
 
 

@@ -21,6 +21,7 @@ from anycontrast_datasets.plan import (
     plan_ranks,
     plan_storage,
     stored_voxels,
+    studies_needed,
     tokens_by_volumes,
 )
 from anycontrast_datasets.plan_sizes import (
@@ -29,6 +30,7 @@ from anycontrast_datasets.plan_sizes import (
     sizes_from_manifest,
     sizes_from_store,
 )
+from anycontrast_datasets.study import StudyError
 
 if TYPE_CHECKING:
     from anycontrast.training.config import Config
@@ -43,7 +45,8 @@ class PlanConfig:
     """What a plan is made for, and what it assumes."""
 
     gpus: int = 8
-    """GPUs that the hours are for, one rank each."""
+    """GPUs that the hours are for, one rank each; with too few studies for a step on so many, the
+    nearest number that can be planned is taken, and the plan says so."""
     tflops_per_gpu: float = 989.0
     """Peak of one GPU in the precision of the run; 989 is an H100 in dense bf16."""
     mfu: float = 0.3
@@ -86,7 +89,7 @@ def run_plan(config: "Config", options: PlanConfig) -> dict[str, Any]:
     cost = _measured_cost(config) if options.fit else model.flops
     ranks, skipped = _plan_ranks(config, options, sizes, cost)
     storage = _plan_storage(config, options, table, stored, sizes)
-    own = next(plan for plan in ranks if plan.stats.world_size == options.gpus)
+    own = min(ranks, key=lambda plan: abs(plan.stats.world_size - options.gpus))
     return {
         "studies": {
             "manifest": len(table),
@@ -112,7 +115,8 @@ def run_plan(config: "Config", options: PlanConfig) -> dict[str, Any]:
         "assumed": {
             "tflops_per_gpu": options.tflops_per_gpu,
             "mfu": options.mfu,
-            "gpus": options.gpus,
+            "gpus": own.stats.world_size,
+            "gpus_asked": options.gpus,
         },
         "planned_in_s": time.perf_counter() - start_s,
     }
@@ -178,10 +182,15 @@ def _plan_ranks(
     """Plan every number of ranks that has enough studies; return the others too."""
     stream = config.pretrain.stream
     wanted = sorted({*options.ranks, options.gpus})
-    per_pack = max(1.0, stream.studies_per_step / stream.packs_per_step)
-    least = 1.0 if stream.pack_tokens is not None else per_pack
-    skipped = [n for n in wanted if n * least > len(sizes) and n != options.gpus]
-    kept = [n for n in wanted if n not in skipped]
+    kept = [n for n in wanted if studies_needed(stream, n) <= len(sizes)]
+    if not kept:
+        raise StudyError(
+            f"planning {', '.join(map(str, wanted))} ranks: a step takes at least "
+            f"{min(studies_needed(stream, n) for n in wanted)} studies, the epoch has "
+            f"{len(sizes)}; lower pretrain.stream.studies_per_step or packs_per_step",
+            code="too_few_studies",
+        )
+    skipped = [n for n in wanted if n not in kept]
     return plan_ranks(sizes, stream, kept, seed=config.seed, cost=cost), skipped
 
 
@@ -239,10 +248,10 @@ def _training(
     own: RankPlan,
     storage: StoragePlan,
 ) -> dict[str, float]:
-    """Return steps, hours and bytes a second on `gpus` ranks."""
+    """Return steps, hours and bytes a second on the ranks of `own`."""
     stream = config.pretrain.stream
     flops = float(model.flops(sizes.tokens_N).mean()) * stream.draws_per_study
-    rate = options.gpus * options.tflops_per_gpu * 1e12 * options.mfu
+    rate = own.stats.world_size * options.tflops_per_gpu * 1e12 * options.mfu
     studies_per_s = rate / flops / own.stats.imbalance
     # Only packs that are filled by tokens end an epoch with a step.
     per_epoch = len(sizes) / own.studies_per_step
