@@ -1,5 +1,6 @@
 """The manifest: round trip, privacy, and every way a file can be wrong."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from anycontrast_datasets.manifest import (
     write_locations,
     write_manifest,
 )
+from anycontrast_datasets.manifest_schema import DESCRIPTOR, LABEL, VOLUME, VOTE
 from anycontrast_datasets.study import Affine, Label, ManifestError, Study, Volume
 
 AFFINE: Affine = (
@@ -149,3 +151,16 @@ def test_locations_belong_to_their_manifest_and_are_private(tmp_path: Path) -> N
     write_manifest([study("b")], path)
     with pytest.raises(ManifestError, match="another manifest"):
         read_locations(tmp_path)
+
+
+def test_the_documentation_lists_the_columns() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "manifest.md").read_text()
+    for heading, columns in (("column", SCHEMA), ("field of a volume", VOLUME)):
+        table = text.partition(f"| {heading} | type | meaning |")[2].partition("\n\n")[0]
+        cells = re.findall(r"^\| (`.+?`) \|", table, re.M)
+        assert re.findall(r"`(\w+)`", " ".join(cells)) == [column.name for column in columns]
+    for inner in (DESCRIPTOR, VOTE):
+        assert f"`{', '.join(field.name for field in inner)}`" in text
+    label = next(line for line in text.splitlines() if line.startswith("| `label`"))
+    assert all(f"`{field.name}`" in label for field in LABEL)
+    assert f"| `anycontrast.schema_version` | {SCHEMA_VERSION};" in text

@@ -9,8 +9,12 @@ import os
 from pathlib import Path
 
 from anycontrast_datasets.ledger import Refusal, refuse
-from anycontrast_datasets.sources.listing import check_root, has_dicom_mark, is_companion
-from anycontrast_datasets.study import ManifestError
+from anycontrast_datasets.sources.listing import (
+    check_root,
+    folder_unreadable,
+    has_dicom_mark,
+    is_companion,
+)
 
 
 def list_files(root: Path) -> tuple[list[str], list[Refusal]]:
@@ -23,7 +27,7 @@ def list_files(root: Path) -> tuple[list[str], list[Refusal]]:
     real_root = Path(os.path.realpath(root))
     found: list[str] = []
     refused: list[Refusal] = []
-    for folder, folders, names in os.walk(root, onerror=_unreadable):
+    for folder, folders, names in os.walk(root, onerror=folder_unreadable):
         base = Path(folder)
         visible = sorted(name for name in folders if not name.startswith("."))
         # A linked folder inside the root is met by its own name.
@@ -45,10 +49,3 @@ def _refuse_link(path: Path, location: str, real_root: Path) -> Refusal | None:
     if not target.exists():
         return refuse(location, "missing_file", "a link to nothing")
     return None
-
-
-def _unreadable(error: OSError) -> None:
-    raise ManifestError(
-        f"scanning {error.filename}: cannot list the folder ({error.strerror}); correct its "
-        "permissions or the root"
-    ) from error

@@ -49,7 +49,7 @@ def list_images(root: Path) -> list[str]:
     check_root(root)
     found: list[str] = []
     seen: set[str] = set()
-    for folder, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=folder_unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -117,7 +117,12 @@ def _is_image(path: Path) -> bool:
     return has_dicom_mark(path)
 
 
-def _unreadable(error: OSError) -> None:
+def folder_unreadable(error: OSError) -> None:
+    """Refuse the scan: files of a folder that cannot be listed would be lost unseen.
+
+    Raises:
+        ManifestError: always.
+    """
     raise ManifestError(
         f"scanning {error.filename}: cannot list the folder ({error.strerror}); correct its "
         "permissions or the root"
