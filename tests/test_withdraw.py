@@ -234,6 +234,8 @@ def test_an_unfinished_folder_loses_the_subject_and_waits_for_sharding(folder: P
     assert withdraw(folder, subject).fingerprint == ""
     for path in (folder / "shards").iterdir():
         assert not any(study.encode() in path.read_bytes() for study in gone)
+    # Compressed, it would hide them from the search above.
+    assert not (folder / "shards" / "index.parquet").exists()
 
 
 CRASH = """

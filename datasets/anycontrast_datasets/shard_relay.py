@@ -103,7 +103,7 @@ def _commit(
     keys = {study.study_id: study_key(study, layout.key) for study in admitted}
     present = [receipt for receipt in receipts if receipt is not None]
     if {i: key for receipt in present for i, key in receipt.keys.items()} != keys:
-        withdraw_dataset(folder)
+        _withdraw_whole(folder)
         logger.warning(
             "the shards in %s are not, or not all, those of the manifest: the studies are removed, "
             "now run `anycontrast shard`",
@@ -111,8 +111,7 @@ def _commit(
         )
         return ""
     if not keys:
-        withdraw_dataset(folder)
-        (folder / INDEX_NAME).unlink(missing_ok=True)
+        _withdraw_whole(folder)
         return ""
     outcome = Outcome(
         splits={study.study_id: study.split for study in studies},
@@ -121,6 +120,12 @@ def _commit(
         dropped=tuple(dropped),
     )
     return commit_dataset(folder, outcome, manifest_fingerprint(manifest), layout.origin)
+
+
+def _withdraw_whole(folder: Path) -> None:
+    """Take back the commit and the index, which still lists who was removed."""
+    withdraw_dataset(folder)
+    (folder / INDEX_NAME).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> ShardReceipt | None:
