@@ -24,7 +24,7 @@ from anycontrast_datasets.cost import CostModel
 from anycontrast_datasets.manifest import write_manifest
 from anycontrast_datasets.manifest_table import ManifestTable
 from anycontrast_datasets.mixing import MixingConfig
-from anycontrast_datasets.plan import StorageAssumptions, plan_ranks, plan_storage
+from anycontrast_datasets.plan import StorageAssumptions, plan_ranks, plan_storage, studies_needed
 from anycontrast_datasets.plan_sizes import (
     SizeAssumptions,
     sizes_from_manifest,
@@ -119,6 +119,19 @@ def test_steps_of_a_number_of_studies_are_simulated_too(memory_store: Callable[.
     assert (two.stats.num_steps, four.studies_per_step, four.stats.num_steps) == (4, 12, 2)
     assert one.stats.imbalance == 1.0
     assert two.stats.imbalance >= 1.0
+
+
+def test_a_step_larger_than_the_epoch_is_planned_as_it_is_served(
+    memory_store: Callable[..., Any],
+) -> None:
+    stream = StreamConfig(studies_per_step=8, packs_per_step=2)
+    store = memory_store(5)
+    sizes = sizes_from_store(store, stream, PATCH)
+    assert [studies_needed(stream, ranks) for ranks in (1, 2, 4)] == [1, 1, 16]
+    (plan,) = plan_ranks(sizes, stream, [2], seed=0, cost=CostModel())
+    assert (plan.studies_per_step, plan.stats.num_steps) == (8, 1)
+    with StudyStream(store, stream, PATCH, seed=0) as served:
+        assert sum(len(pack.study_ids) for pack in next(served).packs) == 8
 
 
 def test_mixing_weights_enter_the_plan(memory_store: Callable[..., Any]) -> None:

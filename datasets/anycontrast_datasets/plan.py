@@ -22,7 +22,7 @@ from anycontrast_datasets.plan_sizes import Floats, Ints, StudySizes
 from anycontrast_datasets.shard import COST_NAME
 from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.stream_config import StreamConfig
-from anycontrast_datasets.study import ShardError, StudyError
+from anycontrast_datasets.study import ShardError
 
 MAX_SIMULATED_STEPS = 200
 """Where steps hold a number of studies; packs filled by tokens are planned for the whole epoch."""
@@ -101,7 +101,8 @@ def plan_ranks(
         cost: What the studies really cost, for the balance that is reported.
 
     Raises:
-        StudyError: a study is larger than a pack, or there are fewer studies than packs.
+        StudyError: a study is larger than a pack, or there are fewer studies than `studies_needed`
+            where packs are filled by tokens.
     """
     order = _order(sizes, stream, seed)
     tokens = sizes.tokens_N[order]
@@ -136,9 +137,15 @@ def plan_ranks(
 
 
 def studies_needed(stream: StreamConfig, world_size: int) -> int:
-    """Return how many studies an epoch needs for every rank to have its part of a step."""
+    """Return how many studies an epoch needs for every rank to have its part of a step.
+
+    Steps of a number of studies run on into the next epoch, so that any epoch will do for a step as
+    configured; one that was made larger to give every rank a pack should not need more than all.
+    """
     packs = _packs_per_step(stream, world_size)
-    return packs if stream.pack_tokens is not None else _studies_per_step(stream, packs)
+    if stream.pack_tokens is not None:
+        return packs
+    return 1 if packs == stream.packs_per_step else _studies_per_step(stream, packs)
 
 
 def plan_storage(
@@ -211,17 +218,14 @@ def _order(sizes: StudySizes, stream: StreamConfig, seed: int) -> Ints:
 def _count_plan(
     tokens: Floats, costs: Floats, stream: StreamConfig, packs: int, world_size: int
 ) -> RankPlan:
-    """Simulate steps of a fixed number of studies, shared out as `step_plan.CountPlanner` does."""
+    """Simulate steps of a fixed number of studies, shared out as `step_plan.CountPlanner` does.
+
+    A step that is larger than the epoch takes studies of the next one, here in the same order.
+    """
     per_step = _studies_per_step(stream, packs)
-    if len(tokens) < per_step:
-        raise StudyError(
-            f"planning {world_size} ranks: a step takes {per_step} studies, the epoch has "
-            f"{len(tokens)}; lower stream.studies_per_step or plan.gpus",
-            code="too_few_studies",
-        )
     ranks, filled = [], []
-    for step in range(min(len(tokens) // per_step, MAX_SIMULATED_STEPS)):
-        own = slice(step * per_step, (step + 1) * per_step)
+    for step in range(min(max(1, len(tokens) // per_step), MAX_SIMULATED_STEPS)):
+        own = np.arange(step * per_step, (step + 1) * per_step) % len(tokens)
         groups = assign_packs(stream.cost(tokens[own]).tolist(), packs)
         ranks.append([costs[own][group].sum() for group in groups])
         filled.append([tokens[own][group].sum() for group in groups])
