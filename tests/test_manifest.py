@@ -104,8 +104,9 @@ def test_newer_schema_version_says_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
     write_manifest([study("a")], path)
     rewrite(path, pq.read_table(path), schema_version=str(SCHEMA_VERSION + 1))
-    with pytest.raises(ManifestError, match=f"found {SCHEMA_VERSION + 1}; upgrade anycontrast"):
-        read_manifest(path)
+    for read in (read_manifest, manifest_fingerprint):
+        with pytest.raises(ManifestError, match=f"found {SCHEMA_VERSION + 1}; upgrade anycontrast"):
+            read(path)
 
 
 def test_changed_row_and_changed_columns_are_found(tmp_path: Path) -> None:

@@ -242,12 +242,14 @@ class VerifiedFile:
 
 
 def read_fingerprint(path: Path) -> str:
-    """Return the fingerprint a file carries, empty if none.
+    """Return the fingerprint a file carries.
 
     Raises:
-        ManifestError: missing, or not Parquet.
+        ManifestError: missing, not Parquet, or without or of another schema version.
     """
-    return _text(_metadata(path), _FINGERPRINT_KEY)
+    metadata = _metadata(path)
+    _check_version(path, metadata)
+    return _text(metadata, _FINGERPRINT_KEY)
 
 
 def _metadata(path: Path) -> Mapping[bytes, bytes]:
