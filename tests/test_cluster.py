@@ -13,11 +13,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from anycontrast.cli import guarded
+from anycontrast.training import cluster
 from anycontrast.training.cluster import _from_anywhere
 from anycontrast.training.config import load_config
 
@@ -133,6 +136,22 @@ def test_paths_of_the_run_reach_workers_that_start_in_another_folder(
     assert sent.root == str(tmp_path / "runs")
     assert sent.pretrain.init_from == str(tmp_path / "old" / "step-00000001")
     assert _from_anywhere(load_config(None)).pretrain.init_from is None
+
+
+def test_the_keyboard_ends_a_run_on_ray_as_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended_by_ray(trainer: object) -> None:
+        raise SystemExit(0)  # What Ray Train's own handler of SIGINT does.
+
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    monkeypatch.setattr(cluster, "_ray", lambda config: nullcontext())
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", ended_by_ray)
+    config = load_config(None, [f"root={tmp_path}", "cluster.mode=ray"])
+    assert guarded(lambda: cluster.launch(config)) == 130
+    assert capsys.readouterr().err == "anycontrast: interrupted: stopped by the keyboard\n"
 
 
 @pytest.mark.cluster

@@ -100,8 +100,9 @@ def test_a_weight_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> No
     [
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
         ({"by_dataset": {"x": -1.0}}, "by_dataset.x must be finite and >= 0, got -1.0"),
-        ({"by_contrast": {"T1x": 1.0}}, "T1x.*T1w"),
-        ({"by_contrast_set": {"T1w+FLIAR": 1.0}}, "FLIAR.*FLAIR"),
+        ({"by_contrast": {"T1x": 1.0}}, r"mixing\.by_contrast: .T1x.*T1w"),
+        ({"by_contrast_set": {"T1w+FLIAR": 1.0}}, r"mixing\.by_contrast_set: .*FLIAR.*FLAIR"),
+        ({"by_contrast": {"T1w+T2w": 1.0}}, r"mixing\.by_contrast: "),
         ({"by_contrast_set": {"T1w+FLAIR": 1.0, "FLAIR+T1w": 2.0}}, "FLAIR.* twice"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from anycontrast import stages
@@ -167,6 +168,18 @@ def test_shards_of_another_manifest_are_named_and_used_by_nothing(
     stages.shard(load_config(run_copy, words[1:]))
     assert main(["validate", *words]) == 0
     assert main(["validate", *words, f"store.location={tmp_path / 'elsewhere'}"]) == 3
+
+
+def test_a_manifest_of_a_newer_schema_is_named_by_whatever_meets_it(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs" / "tiny" / "manifest" / "manifest.parquet"
+    metadata = dict(pq.read_metadata(path).metadata)
+    metadata[b"anycontrast.schema_version"] = b"99"
+    pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
+    for verb in ("validate", "shard", "pretrain", "finetune", "report", "plan", "croissant"):
+        assert main([verb, str(run_copy)]) == 3, verb
+        assert capsys.readouterr().err.strip().endswith("found 99; upgrade anycontrast")
 
 
 def test_a_new_model_is_evaluated_again(run_copy: Path, caplog: pytest.LogCaptureFixture) -> None:

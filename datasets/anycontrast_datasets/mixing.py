@@ -16,7 +16,7 @@ from operator import or_
 import numpy as np
 import numpy.typing as npt
 
-from anycontrast_datasets.contrast import contrast_id, contrast_name
+from anycontrast_datasets.contrast import UnknownContrastError, contrast_id, contrast_name
 from anycontrast_datasets.study import ManifestError
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class MixingConfig:
                         f"stream.mixing.{name}.{key} must be finite and >= 0, got {weight}"
                     )
         for contrast in self.by_contrast:
-            contrast_id(contrast)
-        sets = [_set_bits(key) for key in self.by_contrast_set]
+            _set_bits("by_contrast", contrast)
+        sets = [_set_bits("by_contrast_set", key) for key in self.by_contrast_set]
         for key, bits in zip(self.by_contrast_set, sets, strict=True):
             if sets.count(bits) > 1:
                 raise ValueError(
@@ -91,7 +91,8 @@ def study_weights(
     _check_named("dataset", config.by_dataset, dataset_names)
     set_U, set_N = np.unique(contrast_set_N, return_inverse=True)
     members = [_members(int(bits)) for bits in set_U]
-    wanted = {_set_bits(key): weight for key, weight in config.by_contrast_set.items()}
+    by_set = config.by_contrast_set
+    wanted = {_set_bits("by_contrast_set", key): weight for key, weight in by_set.items()}
     _warn_absent(config, {int(bits) for bits in set_U})
     size_D = np.bincount(dataset_N, minlength=len(dataset_names)).astype(np.float64)
     of_dataset = np.maximum(size_D, 1.0) ** (1.0 / config.temperature - 1.0)
@@ -148,8 +149,12 @@ def _members(bits: int) -> list[str]:
     return [contrast_name(n) for n in range(bits.bit_length()) if bits >> n & 1]
 
 
-def _set_bits(key: str) -> int:
-    return sum({1 << contrast_id(name.strip()) for name in key.split("+")})
+def _set_bits(field: str, key: str) -> int:
+    names = [key] if field == "by_contrast" else [name.strip() for name in key.split("+")]
+    try:
+        return reduce(or_, (1 << contrast_id(name) for name in names))
+    except UnknownContrastError as error:
+        raise ValueError(f"stream.mixing.{field}: {key!r}: {error}") from error
 
 
 def _check_named(what: str, named: Iterable[str], known: Sequence[str]) -> None:
@@ -164,8 +169,8 @@ def _check_named(what: str, named: Iterable[str], known: Sequence[str]) -> None:
 
 def _warn_absent(config: MixingConfig, present: set[int]) -> None:
     anywhere = reduce(or_, present)
-    absent = [name for name in config.by_contrast if not _set_bits(name) & anywhere]
-    absent += [key for key in config.by_contrast_set if _set_bits(key) not in present]
+    absent = [k for k in config.by_contrast if not _set_bits("by_contrast", k) & anywhere]
+    absent += [k for k in config.by_contrast_set if _set_bits("by_contrast_set", k) not in present]
     if absent:
         logger.warning(
             "stream.mixing: no study has the contrasts %s; their weights have no effect",

@@ -50,17 +50,20 @@ def check_manifest(config: "Config") -> None:
     the manifest lists.
 
     Raises:
-        ManifestError: the manifest cannot be read.
+        ManifestError: the manifest is not one that this installation reads.
         ShardError: they do not belong together, or `open_shards` would refuse the shards.
     """
-    from anycontrast_datasets.manifest import MANIFEST_NAME, manifest_fingerprint
+    from anycontrast_datasets.manifest import MANIFEST_NAME, SCHEMA
+    from anycontrast_datasets.manifest_file import VerifiedFile
     from anycontrast_datasets.store.reader import describe_store
     from anycontrast_datasets.study import ShardError
 
     manifest = config.paths.manifest / MANIFEST_NAME
     if not manifest.is_file():
         return
-    wanted = manifest_fingerprint(manifest)
+    file = VerifiedFile(manifest, SCHEMA)
+    file.check_fingerprint()
+    wanted = file.fingerprint
     found = describe_store(shards_location(config)).get("manifest_fingerprint", wanted)
     if found == wanted:
         return

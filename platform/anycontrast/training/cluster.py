@@ -173,6 +173,8 @@ def _fit(config: Config) -> dict[str, Any]:
         return result
     except tuple(_FINAL.values()):
         raise
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # Ray's own answer to the keyboard.
     except Exception as error:
         _raise_recorded(pretrain, attempt)
         raise TrainingError(
