@@ -155,11 +155,13 @@ def test_a_lost_shard_is_written_again_with_the_same_bytes(run_copy: Path) -> No
 def test_shards_of_another_manifest_are_named_and_used_by_nothing(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(tmp_path / "runs" / "tiny" / "shards", tmp_path / "elsewhere")
+    run = tmp_path / "runs" / "tiny"
+    assert main(["zarr", str(run_copy)]) == 0
+    shutil.copytree(run / "shards", tmp_path / "elsewhere")
     words = [str(run_copy), "scan.contrasts=[DWI]"]
     assert main(["scan", *words]) == 0
     for verb in ("validate", "pretrain", "finetune", "evaluate", "zarr"):
-        for place in ("", "store.location=" + str(tmp_path / "elsewhere")):
+        for place in ("", f"store.location={tmp_path / 'elsewhere'}", f"store.location={run}/zarr"):
             capsys.readouterr()
             assert main([verb, *words, *filter(None, [place])]) == 3, verb
             (line,) = capsys.readouterr().err.splitlines()

@@ -193,10 +193,18 @@ def zarr(config: "Config") -> dict[str, Any]:
         ShardError: there are no shards, they are of another manifest than the run's, or another
             process writes the folder.
     """
-    from anycontrast.shards import check_manifest, open_shards
+    from anycontrast.shards import check_manifest, open_shards, shards_location
+    from anycontrast_datasets.store.reader import describe_store
     from anycontrast_datasets.store.zarr_writer import write_zarr_store
 
     check_manifest(config)
     store = open_shards(config)
+    made_from = describe_store(shards_location(config)).get("manifest_fingerprint", "")
     with progress("writing zarr", "studies") as on_progress:
-        return write_zarr_store(store, config.paths.zarr, config.zarr, on_progress=on_progress)
+        return write_zarr_store(
+            store,
+            config.paths.zarr,
+            config.zarr,
+            manifest_fingerprint=str(made_from),
+            on_progress=on_progress,
+        )

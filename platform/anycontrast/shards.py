@@ -64,8 +64,8 @@ def check_manifest(config: "Config") -> None:
     file = VerifiedFile(manifest, SCHEMA)
     file.check_fingerprint()
     wanted = file.fingerprint
-    found = describe_store(shards_location(config)).get("manifest_fingerprint", wanted)
-    if found == wanted:
+    found = describe_store(shards_location(config)).get("manifest_fingerprint")
+    if not found or found == wanted:
         return
     is_own = config.store.location is None
     remedy = (

@@ -60,7 +60,12 @@ OnProgress = Callable[[int, int], None]
 
 
 def write_zarr_store(
-    source: StudyStore, out: Path, config: ZarrConfig, *, on_progress: OnProgress | None = None
+    source: StudyStore,
+    out: Path,
+    config: ZarrConfig,
+    *,
+    manifest_fingerprint: str = "",
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Write every study of `source` into a Zarr store.
 
@@ -68,6 +73,8 @@ def write_zarr_store(
         source: Opened store; read from `config.num_threads` threads.
         out: Folder of the Zarr store, made if need be.
         config: Layout.
+        manifest_fingerprint: Of the manifest that the studies are in, to tell later; blank if not
+            known.
         on_progress: Called with (studies done, studies in all).
 
     Returns:
@@ -98,7 +105,7 @@ def write_zarr_store(
             finally:
                 pool.shutdown(cancel_futures=True)
         shutil.rmtree(out / PARTIAL)
-        return _commit(source, out, config, receipts)
+        return _commit(source, out, config, receipts, manifest_fingerprint)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,11 @@ def _finished(out: Path, receipt_path: Path, key: str) -> _Receipt | None:
 
 
 def _commit(
-    source: StudyStore, out: Path, config: ZarrConfig, receipts: list[_Receipt]
+    source: StudyStore,
+    out: Path,
+    config: ZarrConfig,
+    receipts: list[_Receipt],
+    manifest_fingerprint: str,
 ) -> dict[str, Any]:
     index = index_bytes([row for receipt in receipts for row in receipt.rows])
     contrasts = Counter(name for record in source.records for name in record.contrasts)
@@ -179,6 +190,7 @@ def _commit(
             "labels": sum(record.has_label for record in source.records),
         },
         "bytes": sum(receipt.num_bytes for receipt in receipts),
+        "manifest_fingerprint": manifest_fingerprint,
         "zarr": {k: v for k, v in asdict(config).items() if k != "num_threads"},
         "versions": {
             name: importlib.metadata.version(name) for name in ("numcodecs", "numpy", "pyarrow")
