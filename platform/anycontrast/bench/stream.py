@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from anycontrast.bench.bars import at_least, at_most
 from anycontrast.bench.studies import bench_studies
 from anycontrast_datasets.store.volume_store import VolumeStore
 from anycontrast_datasets.stream import StudyStream
@@ -118,16 +119,8 @@ def _bars(times: dict[str, dict[str, float]], cold: dict[str, float]) -> dict[st
     overhead = _ratio(times, "cpu_ms", "stream_1_thread", "store_read")
     share = cold["stream_cold"] / min(cold["plain_cold"], cold["stream_warm"])
     return {
-        "stream_overhead": {
-            "value": overhead,
-            "bar": f"<= {MAX_OVERHEAD}",
-            "met": overhead <= MAX_OVERHEAD,
-        },
-        "cold_disk_share": {
-            "value": share,
-            "bar": f">= {MIN_COLD_RATE}",
-            "met": share >= MIN_COLD_RATE,
-        },
+        "stream_overhead": at_most(overhead, MAX_OVERHEAD),
+        "cold_disk_share": at_least(share, MIN_COLD_RATE),
     }
 
 
