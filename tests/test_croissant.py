@@ -15,7 +15,7 @@ from anycontrast_datasets.prepare import PrepareConfig
 from anycontrast_datasets.scan import ScanConfig, run_scan
 from anycontrast_datasets.shard import ShardConfig, run_shard
 from anycontrast_datasets.sources.phantom import PhantomConfig
-from anycontrast_datasets.study import ManifestError, ShardError
+from anycontrast_datasets.study import ManifestError, ShardError, StudyError
 
 SPACING = (10.0, 10.0, 10.0)
 
@@ -139,9 +139,9 @@ def test_a_manifest_without_shards_is_described_alone(folder: Path, tmp_path: Pa
 
 def test_what_cannot_be_described_is_refused(folder: Path, tmp_path: Path) -> None:
     out, manifest = tmp_path / "c.json", folder / "manifest"
-    with pytest.raises(ValueError, match="SPDX identifier"):
+    with pytest.raises(StudyError, match="SPDX identifier"):
         export_croissant(manifest, None, out, name="x", licence="ask the owner")
-    with pytest.raises(ValueError, match="name must not be empty"):
+    with pytest.raises(StudyError, match="name must not be empty"):
         export_croissant(manifest, None, out, name=" ")
     with pytest.raises(ManifestError, match="run the scan first"):
         export_croissant(tmp_path, None, out, name="x")

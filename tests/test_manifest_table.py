@@ -76,7 +76,7 @@ def test_columns_say_what_the_objects_say(path: Path) -> None:
         assert table.datasets.to_pylist() == ["north", "north", "south", "south"]
         assert table.sites.to_pylist() == ["s1", "s1", "", ""]
         assert table.num_volumes.tolist() == [2, 1, 3, 2]
-        columns = table.volume_columns()
+        columns = table.volumes
         assert columns.study_row.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
         names = ["T1w", "FLAIR", "T1w", "T2w", "FLAIR", "ADC", "T1w", "FLAIR"]
         assert columns.contrast_id.tolist() == [contrast_id(name) for name in names]

@@ -121,7 +121,7 @@ def test_a_given_key_is_used_and_a_wrong_one_is_refused(root: Path, tmp_path: Pa
     with pytest.raises(ManifestError, match="at least 16 bytes, found 5"):
         run_scan(with_key, tmp_path / "three")
     key.unlink()
-    with pytest.raises(ManifestError, match="correct pseudonym_key_file"):
+    with pytest.raises(ManifestError, match=r"correct scan\.pseudonym_key_file"):
         run_scan(with_key, tmp_path / "three")
 
 

@@ -24,7 +24,7 @@ from anycontrast_datasets.manifest_schema import MANIFEST_NAME
 from anycontrast_datasets.manifest_table import ManifestTable
 from anycontrast_datasets.store.byte_source import LocalSource
 from anycontrast_datasets.store.volume_index import INDEX_NAME, read_dataset
-from anycontrast_datasets.study import SPLITS, ShardError
+from anycontrast_datasets.study import SPLITS, ShardError, StudyError
 
 PARQUET = "application/x-parquet"
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
@@ -65,13 +65,14 @@ def export_croissant(
     Raises:
         ManifestError: the manifest cannot be used.
         ShardError: the shards cannot be used, or were made from another manifest.
-        ValueError: no name, or a licence that is no SPDX identifier.
+        StudyError: no name, or a licence that is no SPDX identifier.
     """
     if not name.strip():
-        raise ValueError("croissant: name must not be empty")
+        raise StudyError("croissant: name must not be empty; set croissant.name")
     if licence is not None and not _LICENCE.fullmatch(licence):
-        raise ValueError(
-            f"croissant: licence must be an SPDX identifier such as CC-BY-4.0, got {licence!r}"
+        raise StudyError(
+            f"croissant: licence must be an SPDX identifier, got {licence!r}; set "
+            "croissant.licence to one such as CC-BY-4.0"
         )
     table = ManifestTable.open(manifest_dir / MANIFEST_NAME)
     shards = None if shards_dir is None else _shard_facts(shards_dir, table)

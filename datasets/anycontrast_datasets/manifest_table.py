@@ -112,10 +112,6 @@ class ManifestTable:
         """Columns with one row per volume."""
         return VolumeColumns(self)
 
-    def volume_columns(self) -> "VolumeColumns":
-        """Return `volumes`."""
-        return self.volumes
-
     def column(self, name: str) -> pa.Array:
         """Return one column in one piece, verified: `site`, or per volume e.g. `volumes.face`.
 

@@ -130,8 +130,8 @@ def load_key(path: Path | None, generated: Path) -> bytes:
     source = path or generated
     if not source.is_file():
         raise ManifestError(
-            f"reading the pseudonym key: no file at {source}; correct pseudonym_key_file, or leave "
-            "it out to have a key made"
+            f"reading the pseudonym key: no file at {source}; correct "
+            "scan.pseudonym_key_file, or leave it out to have a key made"
         )
     if source.stat().st_mode & 0o077:
         logger.warning("the pseudonym key file can be read by others; chmod 600 it")
