@@ -183,6 +183,38 @@ def test_flipped_bit_between_members_is_found_by_verify(folder: Path, pristine: 
     assert len(open_store(folder).verify()) == 1
 
 
+@pytest.mark.parametrize("hostile", ["../../evil", "link", "renamed", "resized"])
+def test_members_that_the_index_does_not_list_are_named(
+    folder: Path, pristine: Pristine, hostile: str
+) -> None:
+    row = member_row(pristine, "case-0", "T1w")
+    path = folder / row.shard
+    content = bytearray(path.read_bytes())
+    member = tarfile.TarInfo("case-0.t1w.i16b2")
+    member.size, member.mode = row.bytes, 0o644
+    if hostile in ("renamed", "resized"):
+        member.name = "../case-0.t1w.i16b2" if hostile == "renamed" else member.name
+        member.size += hostile == "resized"
+        content[row.offset - 512 : row.offset] = member.tobuf(tarfile.USTAR_FORMAT)
+        path.write_bytes(content)
+    else:
+        member = tarfile.TarInfo(hostile)
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        with tarfile.open(path, "a") as archive:
+            archive.addfile(member)
+    dataset = json.loads((folder / "dataset.json").read_text())
+    for shard in dataset["shards"]:
+        shard |= {
+            "bytes": (folder / shard["name"]).stat().st_size,
+            "sha256": sha256_file(folder / shard["name"]),
+        }
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    store = open_store(folder)
+    (problem,) = store.verify()
+    assert problem.startswith(f"shard {row.shard}: holds other members than the index lists")
+    assert_same(store.read(0), arrays_of(0), label=False)
+
+
 @pytest.mark.parametrize("cut", ["in_member", "at_member", "at_study", "tail"])
 def test_cut_shard_is_found_at_opening_and_at_reading(
     folder: Path, pristine: Pristine, cut: str
@@ -440,6 +472,15 @@ def test_list_of_shards_that_is_none_is_refused(folder: Path, shards: object) ->
 def test_dataset_that_is_no_object_is_refused(folder: Path, content: bytes) -> None:
     (folder / "dataset.json").write_bytes(content)
     with pytest.raises(ShardError, match=r"dataset\.json is damaged"):
+        open_store(folder)
+
+
+@pytest.mark.parametrize("kind", ["volume", "zarr"])
+def test_a_store_without_a_fingerprint_is_damaged(folder: Path, kind: str) -> None:
+    dataset = json.loads((folder / "dataset.json").read_text())
+    del dataset["fingerprint"]
+    (folder / "dataset.json").write_text(json.dumps({**dataset, "kind": kind}))
+    with pytest.raises(ShardError, match=r"dataset\.json is damaged \(no fingerprint\)"):
         open_store(folder)
 
 

@@ -17,8 +17,8 @@ from anycontrast_datasets.store.byte_source import (
     parse_location,
 )
 from anycontrast_datasets.store.cache import CacheConfig
+from anycontrast_datasets.store.volume_index import AGAIN, DATASET_NAME, read_dataset
 from anycontrast_datasets.store.volume_index import KIND as VOLUME
-from anycontrast_datasets.store.volume_index import read_dataset
 from anycontrast_datasets.study import ShardError, StudyArrays, StudyRecord
 
 Vox3 = tuple[int, int, int]
@@ -117,6 +117,10 @@ def open_store(location: Path | str, *, cache: CacheConfig | None = None) -> Stu
     source = _source_of(place)
     dataset = read_dataset(source)
     kind = dataset.get("kind", VOLUME)
+    if kind in (VOLUME, "zarr") and not isinstance(dataset.get("fingerprint"), str):
+        raise ShardError(
+            f"opening shards: {place.shown}/{DATASET_NAME} is damaged (no fingerprint); {AGAIN}"
+        )
     if kind == "zarr":
         from anycontrast_datasets.store.zarr_store import ZarrStore
 

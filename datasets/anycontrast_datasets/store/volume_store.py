@@ -210,8 +210,8 @@ class VolumeStore:
             self._source.announce(rows[-1].shard, rows[0].offset, stop)
 
     def verify(self) -> list[str]:
-        """Hash every shard; return one line per shard that is not what was written."""
-        return verify_shards(self._origin, self.dataset["shards"])
+        """Read every shard; return one line per shard that is not what was written."""
+        return verify_shards(self._origin, self.dataset["shards"], self._index)
 
     def close(self) -> None:
         """Release what is held open; reading again opens it again."""

@@ -135,9 +135,7 @@ class ShardWriter:
         dtype: str,
         record: str | None,
     ) -> None:
-        header = tarfile.TarInfo(_member_name(key, contrast))
-        header.size, header.mode = len(payload), 0o644
-        self._write(header.tobuf(format=tarfile.USTAR_FORMAT))
+        self._write(member_header(key, contrast, len(payload)))
         row = MemberRow(
             shard=self.path.name,
             study_id=key,
@@ -160,6 +158,13 @@ class ShardWriter:
                 rest = rest[self._file.write(rest) :]
         self._digest.update(content)
         self._offset += len(content)
+
+
+def member_header(key: str, contrast: str, num_bytes: int) -> bytes:
+    """Return the tar header that stands before a member, always the same bytes."""
+    header = tarfile.TarInfo(_member_name(key, contrast))
+    header.size, header.mode = num_bytes, 0o644
+    return header.tobuf(format=tarfile.USTAR_FORMAT)
 
 
 def _member_name(key: str, contrast: str) -> str:
