@@ -24,11 +24,10 @@ from typing import Any
 import numpy as np
 
 from anycontrast.bench import data_rivals
-from anycontrast.bench.bars import at_least, at_most
 from anycontrast.bench.codecs import real_ratios
 from anycontrast.bench.data_rivals import Rival
 from anycontrast.bench.studies import BenchStudies, bench_studies, taken_studies
-from anycontrast.bench.timing import Timing, alternate
+from anycontrast.bench.timing import Timing, alternate, at_least, at_most
 from anycontrast_datasets.store.reader import StudyStore, open_store
 from anycontrast_datasets.store.zarr_config import ZarrConfig
 from anycontrast_datasets.store.zarr_writer import write_zarr_store

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from anycontrast.bench.bars import at_least, at_most
 from anycontrast.bench.synthetic_manifest import write_synthetic_manifest
+from anycontrast.bench.timing import at_least, at_most
 from anycontrast_datasets.epoch_plan import plan_epoch, simulate
 from anycontrast_datasets.manifest_table import ManifestTable
 from anycontrast_datasets.order import StudyOrder

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anycontrast.bench.bars import at_most
 from anycontrast.bench.studies import AFFINE, FORMAT, NOISE, make_volumes
+from anycontrast.bench.timing import at_most
 from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.manifest import manifest_fingerprint, write_locations, write_manifest
 from anycontrast_datasets.prepare import PrepareConfig

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from anycontrast.bench.bars import at_least, at_most
 from anycontrast.bench.studies import bench_studies
+from anycontrast.bench.timing import at_least, at_most
 from anycontrast_datasets.store.volume_store import VolumeStore
 from anycontrast_datasets.stream import StudyStream
 from anycontrast_datasets.stream_config import StreamConfig

@@ -4,7 +4,7 @@ Every round runs every way once on the same item, so load on the machine meets a
 is that of the whole process, threads included; the median over rounds is what is reported, and the
 least where a second core may be taken by others. What a call returns lives until the next call of
 the same way returns, as in a loop over a data set: whoever allocates anew pays for fresh pages as
-its users do, and how many is counted.
+its users do, and how many is counted. `at_least` and `at_most` hold what came out against a bar.
 """
 
 import resource
@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -85,3 +85,13 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table, first column to the left, numbers to the right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def at_least(value: float, bar: float) -> dict[str, Any]:
+    """Return an entry of a result's `bars`, for a number that must reach `bar`."""
+    return {"value": round(float(value), 4), "bar": f">= {bar:g}", "met": bool(value >= bar)}
+
+
+def at_most(value: float, bar: float) -> dict[str, Any]:
+    """Return an entry of a result's `bars`, for a number that must not exceed `bar`."""
+    return {"value": round(float(value), 4), "bar": f"<= {bar:g}", "met": bool(value <= bar)}
