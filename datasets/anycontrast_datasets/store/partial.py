@@ -1,22 +1,47 @@
-"""Parts of a study: a crop clipped to the box, and any set of patches of a padded grid.
+"""Parts of a study: some contrasts, a crop clipped to the box, any patches of a padded grid.
 
 Pure functions on arrays; every store uses them, so that a crop or a patch means the same in each.
 Letters: N patches asked for, P voxels per patch, L patches of the grid, R runs along k in a patch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from anycontrast_datasets.study import StudyArrays
+from anycontrast_datasets.study import ShardError, StudyArrays, StudyRecord
 
 Vox3 = tuple[int, int, int]
 
 MAX_TABLE_RUNS = 2**16
 """Runs of a volume up to which their numbers are kept as a table: 512 KiB, and twice as fast."""
+
+
+def wanted_contrasts(record: StudyRecord, contrasts: Sequence[str] | None) -> list[str]:
+    """Return the contrasts to read in stored order; None asks for every one.
+
+    Raises:
+        ShardError: Of code `missing_contrast`, if the study has not all of them, or none is asked
+            for.
+    """
+    names = set(record.contrasts if contrasts is None else contrasts)
+    if not names or not names <= set(record.contrasts):
+        raise ShardError(
+            f"study {record.study_id}: has {list(record.contrasts)}, asked for {sorted(names)}; "
+            "ask for contrasts of its record",
+            code="missing_contrast",
+        )
+    return [name for name in record.contrasts if name in names]
+
+
+def with_only(record: StudyRecord, contrasts: Collection[str]) -> StudyRecord:
+    """Return the record as it is for some of its contrasts."""
+    if len(contrasts) == len(record.volumes):
+        return record
+    return replace(record, volumes=tuple(v for v in record.volumes if v.contrast in contrasts))
 
 
 def clip_box(

@@ -12,7 +12,6 @@ Threads share one store; a fork or a pickle of it needs no care.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from anycontrast_datasets.store.byte_source import ByteSource, LocalSource
 from anycontrast_datasets.store.cache import CacheConfig, CachedSource
 from anycontrast_datasets.store.codec import checksum, decode_into
 from anycontrast_datasets.store.index_check import check_index, check_shards, study_spans
-from anycontrast_datasets.store.partial import clip_box, gather_patches
+from anycontrast_datasets.store.partial import clip_box, gather_patches, wanted_contrasts, with_only
 from anycontrast_datasets.store.slabs import decode_planes, decode_slabs
 from anycontrast_datasets.store.slots import slot_array
 from anycontrast_datasets.store.study_records import StudyRecords
@@ -120,7 +119,7 @@ class VolumeStore:
         """
         rows = self._members(index)
         record = self._record(index, rows)
-        names = _wanted(record, contrasts)
+        names = wanted_contrasts(record, contrasts)
         codes: dict[str, Codes] = {}
         stored_label: npt.NDArray[np.uint8] | None = None
         for row, block in self._fetch(_chosen(rows, names, label), rows):
@@ -130,7 +129,7 @@ class VolumeStore:
             else:
                 codes[row.contrast] = slot_array(out, row.contrast, row.shape)
                 _decode(row, block, codes[row.contrast])
-        return StudyArrays(_with_only(record, names), codes, stored_label)
+        return StudyArrays(with_only(record, names), codes, stored_label)
 
     def read_crop(
         self,
@@ -153,7 +152,7 @@ class VolumeStore:
         record = self._record(index, rows)
         first, end = clip_box(record.shape, start_vox, size_vox)
         (x0, y0, z0), (x1, y1, z1) = first, end
-        names = _wanted(record, contrasts)
+        names = wanted_contrasts(record, contrasts)
         codes: dict[str, Codes] = {}
         stored_label: npt.NDArray[np.uint8] | None = None
         for row, block in self._fetch(_chosen(rows, names, label), rows):
@@ -167,7 +166,7 @@ class VolumeStore:
                 except ValueError as error:
                     raise ShardError(f"{_where(row)}: {error}; {AGAIN}") from error
                 codes[row.contrast] = planes[:, y0:y1, z0:z1].copy()
-        return StudyArrays(_with_only(record, names), codes, stored_label)
+        return StudyArrays(with_only(record, names), codes, stored_label)
 
     def read_patches(
         self, index: int, patch_vox: Vox3, patches: Mapping[str, npt.NDArray[np.int64]]
@@ -193,7 +192,7 @@ class VolumeStore:
             ShardError: As `read`.
         """
         rows = self._members(index)
-        names = _wanted(self._record(index, rows), contrasts)
+        names = wanted_contrasts(self._record(index, rows), contrasts)
         for row, block in self._fetch(_chosen(rows, names, label=False), rows):
             shape = (row.shape[0], row.shape[1], row.shape[2])
             try:
@@ -298,27 +297,10 @@ class VolumeStore:
         return [*parts, text]
 
 
-def _wanted(record: StudyRecord, contrasts: Sequence[str] | None) -> set[str]:
-    names = set(record.contrasts if contrasts is None else contrasts)
-    if not names or not names <= set(record.contrasts):
-        raise ShardError(
-            f"study {record.study_id}: has {list(record.contrasts)}, asked for "
-            f"{sorted(names)}; ask for contrasts of its record",
-            code="missing_contrast",
-        )
-    return names
-
-
-def _chosen(rows: list[MemberRow], names: set[str], label: bool) -> list[MemberRow]:
+def _chosen(rows: list[MemberRow], names: list[str], label: bool) -> list[MemberRow]:
     """Return the rows of the named contrasts, and that of the label if wanted, in stored order."""
     wanted = {*names, LABEL_MEMBER} if label else names
     return [row for row in rows[:-1] if row.contrast in wanted]
-
-
-def _with_only(record: StudyRecord, names: set[str]) -> StudyRecord:
-    if len(names) == len(record.volumes):
-        return record
-    return replace(record, volumes=tuple(v for v in record.volumes if v.contrast in names))
 
 
 def _problem(wanted: list[MemberRow], record_row: MemberRow, parts: list[memoryview]) -> str:

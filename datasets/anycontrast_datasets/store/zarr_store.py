@@ -10,7 +10,6 @@ Threads share one store; it holds no open file and no buffer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,14 @@ import pyarrow.compute as pc
 from anycontrast_datasets.store.byte_source import ByteSource, LocalSource
 from anycontrast_datasets.store.cache import CacheConfig
 from anycontrast_datasets.store.codec import Codes
-from anycontrast_datasets.store.partial import Vox3, check_patches, clip_box, gather_patches
+from anycontrast_datasets.store.partial import (
+    Vox3,
+    check_patches,
+    clip_box,
+    gather_patches,
+    wanted_contrasts,
+    with_only,
+)
 from anycontrast_datasets.store.slots import scratch_array, slot_array
 from anycontrast_datasets.store.study_records import StudyRecords
 from anycontrast_datasets.store.volume_index import RECORD_MEMBER, read_dataset
@@ -103,11 +109,11 @@ class ZarrStore:
         record, arrays = self._study(index)
         whole = ((0, 0, 0), record.shape)
         codes = {}
-        for name in _wanted(record, contrasts):
+        for name in wanted_contrasts(record, contrasts):
             codes[name] = slot_array(out, name, record.shape)
             self._decode(arrays[name], record, whole, codes[name])
         stored = self._read_label(arrays, record, whole) if label and record.has_label else None
-        return StudyArrays(record=_only(record, codes), codes=codes, label=stored)
+        return StudyArrays(record=with_only(record, codes), codes=codes, label=stored)
 
     def read_crop(
         self,
@@ -128,13 +134,13 @@ class ZarrStore:
         first, end = clip_box(record.shape, start_vox, size_vox)
         size = tuple(b - a for a, b in zip(first, end, strict=True))
         codes = {}
-        for name in _wanted(record, contrasts):
+        for name in wanted_contrasts(record, contrasts):
             codes[name] = np.empty(size, dtype=np.int16)
             self._decode(arrays[name], record, (first, end), codes[name])
         stored = (
             self._read_label(arrays, record, (first, end)) if label and record.has_label else None
         )
-        return StudyArrays(record=_only(record, codes), codes=codes, label=stored)
+        return StudyArrays(record=with_only(record, codes), codes=codes, label=stored)
 
     def read_patches(
         self, index: int, patch_vox: Vox3, patches: Mapping[str, npt.NDArray[np.int64]]
@@ -147,7 +153,7 @@ class ZarrStore:
         """
         record, arrays = self._study(index)
         found = {}
-        for name in _wanted(record, tuple(patches)):
+        for name in wanted_contrasts(record, tuple(patches)):
             index_N = np.asarray(patches[name], dtype=np.int64)
             check_patches(record.shape, patch_vox, index_N)
             layout = arrays[name].layout
@@ -167,7 +173,7 @@ class ZarrStore:
             ShardError: As `read`.
         """
         record, arrays = self._study(index)
-        for name in _wanted(record, contrasts):
+        for name in wanted_contrasts(record, contrasts):
             codes = scratch_array(record.shape)
             self._decode(arrays[name], record, ((0, 0, 0), record.shape), codes)
             for start in range(0, record.shape[0], planes):
@@ -278,24 +284,6 @@ class ZarrStore:
                 hashes[f"{HIERARCHY}/{path}"] = row.sha256
                 largest = max(largest, row.table.shard_bytes)
         return CachedSource(source, cache, hashes, largest)
-
-
-def _wanted(record: StudyRecord, contrasts: Sequence[str] | None) -> list[str]:
-    """Return the names to read in stored order, all of which the study must have."""
-    names = set(record.contrasts if contrasts is None else contrasts)
-    if not names or not names <= set(record.contrasts):
-        raise ShardError(
-            f"study {record.study_id}: has {list(record.contrasts)}, asked for {sorted(names)}; "
-            "ask for contrasts of its record",
-            code="missing_contrast",
-        )
-    return [name for name in record.contrasts if name in names]
-
-
-def _only(record: StudyRecord, codes: Mapping[str, npt.NDArray[np.int16]]) -> StudyRecord:
-    if len(codes) == len(record.volumes):
-        return record
-    return replace(record, volumes=tuple(v for v in record.volumes if v.contrast in codes))
 
 
 def _chunks_of(
