@@ -139,3 +139,18 @@ def test_missing_binary_and_spreadsheet_tables(root: Path, tmp_path: Path) -> No
         read_decisions(table)
     table.write_text("location;status;decision\na b;x; T2-weighted \n;;\nc;x;\n", "utf-8-sig")
     assert read_decisions(table) == {"a b": "T2w"}
+
+
+def test_what_a_spreadsheet_makes_of_the_table_is_read_the_same(root: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "m", tmp_path / "m/private/mapping.csv"
+    run_scan(config(root), out)
+    decide(path, scan="FLAIR", FLAIR="refuse", **{"cmd_sub-3_T1w": "swi"})
+    rows, saved = rows_of(path), tmp_path / "saved by a spreadsheet.csv"
+    with saved.open("w", encoding="utf-8-sig", newline="") as stream:
+        writer = csv.writer(stream, delimiter=";", quoting=csv.QUOTE_ALL, lineterminator="\r\n")
+        writer.writerow(COLUMNS[::-1])
+        writer.writerows([row[name] for name in COLUMNS[::-1]] for row in rows.values())
+    assert read_decisions(saved) == read_decisions(path)
+    assert read_decisions(saved)["=cmd_sub-3_T1w.nii.gz"] == "SWI"
+    run_scan(replace(config(root), mapping=str(saved)), out)
+    assert contrasts_of(out)["sub-2_scan.nii.gz"] == "FLAIR"
