@@ -172,6 +172,20 @@ def test_shards_of_another_manifest_are_named_and_used_by_nothing(
     assert main(["validate", *words, f"store.location={tmp_path / 'elsewhere'}"]) == 3
 
 
+def test_a_withdrawal_from_old_shards_says_what_still_holds_the_subject(
+    run_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, words = tmp_path / "runs" / "tiny", [str(run_copy), "scan.contrasts=[DWI]"]
+    assert main(["zarr", str(run_copy)]) == 0
+    assert main(["scan", *words]) == 0
+    table = pq.read_table(run / "manifest" / "manifest.parquet", columns=["subject_id", "study_id"])
+    subject, study = (table[name][0].as_py() for name in ("subject_id", "study_id"))
+    assert main(["withdraw", subject, *words]) == 0
+    assert "still holds the subject: run `anycontrast shard`, then" in caplog.text
+    assert main(["shard", *words]) == main(["zarr", *words]) == 0
+    assert not list((run / "zarr").rglob(f"{study}*"))
+
+
 def test_a_manifest_of_a_newer_schema_is_named_by_whatever_meets_it(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,8 +107,15 @@ def withdraw(config: "Config", subject: str) -> dict[str, Any]:
     from anycontrast_datasets.withdraw import withdraw_subject
 
     summary = withdraw_subject(*_of_subject(config, subject), **_with_checkpoints(config))
-    if (config.paths.zarr / "dataset.json").is_file():
-        zarr(config)
+    if config.paths.zarr.is_dir():
+        if (config.paths.shards / "dataset.json").is_file():
+            zarr(config)
+        else:
+            logger.warning(
+                "the Zarr store in %s still holds the subject: run `anycontrast shard`, then "
+                "`anycontrast zarr`",
+                config.paths.zarr,
+            )
     left = [path for path in config.paths.report.glob("*") if path.suffix in {".html", ".png"}]
     if left:
         logger.warning(
