@@ -194,7 +194,7 @@ def test_slabs_put_together_are_the_volume(shape: Shape, planes: int, kind: str)
         np.testing.assert_array_equal(np.concatenate(slabs), codes)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "lz4hc"])
 @pytest.mark.parametrize("is_writeable", [True, False])
 def test_planes_are_those_of_the_volume(codec: CodecName, is_writeable: bool) -> None:
     shape = (70, 96, 80)

@@ -119,7 +119,7 @@ def assert_same(read: StudyArrays, written: StudyArrays, *, label: bool = True) 
         assert read.label is None
 
 
-@pytest.mark.parametrize("codec", [{}, {"codec": "lz4", "level": 9}])
+@pytest.mark.parametrize("codec", [{}, {"codec": "lz4", "level": 9}, {"codec": "lz4hc"}])
 def test_every_study_comes_back_to_the_bit(tmp_path: Path, codec: dict[str, Any]) -> None:
     write_store(tmp_path / "shards", **codec)
     store = open_store(tmp_path / "shards")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import xxhash
 from numcodecs import blosc
 
-CodecName = Literal["zstd", "lz4"]
+CodecName = Literal["zstd", "lz4", "lz4hc"]
 Codes = npt.NDArray[np.int16] | npt.NDArray[np.uint8]
 
 BLOCK_BYTES = 2**20

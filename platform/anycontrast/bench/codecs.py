@@ -29,6 +29,8 @@ Codes = npt.NDArray[np.int16]
 CODECS: tuple[tuple[str, tuple[str, int, int, int] | None], ...] = (
     ("raw int16", None),
     ("blosc lz4-5, byte shuffle", ("lz4", 5, 1, BLOCK_BYTES)),
+    ("blosc lz4hc-5, byte shuffle", ("lz4hc", 5, 1, BLOCK_BYTES)),
+    ("blosc lz4hc-9, byte shuffle", ("lz4hc", 9, 1, BLOCK_BYTES)),
     ("blosc zstd-1, byte shuffle", ("zstd", 1, 1, BLOCK_BYTES)),
     ("blosc zstd-3, byte shuffle", ("zstd", 3, 1, BLOCK_BYTES)),
     ("blosc zstd-5, byte shuffle", ("zstd", 5, 1, BLOCK_BYTES)),
