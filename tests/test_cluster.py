@@ -23,6 +23,7 @@ from anycontrast.cli import guarded
 from anycontrast.training import cluster
 from anycontrast.training.cluster import _from_anywhere
 from anycontrast.training.config import load_config
+from anycontrast_datasets.shard_ray import protect_own_cluster
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -141,6 +142,8 @@ def test_paths_of_the_run_reach_workers_that_start_in_another_folder(
 def test_the_keyboard_ends_a_run_on_ray_as_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    protect_own_cluster()  # Other tests of this process start clusters, and Ray is imported here.
+
     def ended_by_ray(trainer: object) -> None:
         raise SystemExit(0)  # What Ray Train's own handler of SIGINT does.
 

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 
 from anycontrast_datasets.store import slots
@@ -13,12 +14,18 @@ from anycontrast_datasets.store.slots import recycled_bytes, scratch_array, scra
 SIZE = 3 * 2**20
 
 
+@pytest.fixture(autouse=True)
+def nothing_free() -> None:
+    """What other tests still held in cycles comes back now, not in the middle of a test."""
+    gc.collect()
+    slots._free.clear()
+
+
 def address_of(array: npt.NDArray[np.uint8] | npt.NDArray[np.int16]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
 def test_memory_comes_back_only_when_nothing_refers_to_it() -> None:
-    slots._free.clear()
     memory = recycled_bytes(SIZE)
     first = address_of(memory)
     tensor = torch.from_numpy(memory.view(np.int16).reshape(-1, 64))
@@ -38,7 +45,6 @@ def test_memory_comes_back_only_when_nothing_refers_to_it() -> None:
 
 
 def test_views_of_views_keep_the_memory() -> None:
-    slots._free.clear()
     view = recycled_bytes(SIZE).view(np.int16).reshape(-1, 4)[3:].T[1:2]
     gc.collect()
     assert not slots._free
@@ -48,7 +54,6 @@ def test_views_of_views_keep_the_memory() -> None:
 
 
 def test_much_larger_memory_is_not_wasted_on_a_small_wish_and_little_is_kept() -> None:
-    slots._free.clear()
     del (held := [recycled_bytes(8 * SIZE)])[:]
     gc.collect()
     assert recycled_bytes(SIZE).base is not slots._free[0]

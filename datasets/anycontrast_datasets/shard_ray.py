@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,13 +66,25 @@ def run_on_ray(
 def load_ray() -> Any:
     """Import Ray; a cluster of our own is closed to whoever does not know its token."""
     if "RAY_ADDRESS" not in os.environ:
-        # Read when Ray is imported.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        protect_own_cluster()
     import ray
 
     return ray
+
+
+def protect_own_cluster() -> None:
+    """Choose a token for a cluster that this process may start; before Ray is imported.
+
+    It is kept in the environment, so that no token file appears in the user's home. Ray reads these
+    when it is imported: a token chosen later would lock this process out of its own cluster. There
+    Ray is left to choose, which it does unless RAY_AUTH_MODE=disabled.
+    """
+    if "ray" in sys.modules and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
+        logger.warning("Ray was imported before anycontrast: its own choice of a token stands")
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def progress_path(shard: Path) -> Path:

@@ -34,7 +34,7 @@ class StreamBenchConfig:
 
     folder: str = "runs/bench"
     """Keeps the studies between runs, 42 MB each."""
-    num_studies: int = 4
+    num_studies: int = 8
     """Studies in an epoch."""
     studies_per_step: int = 2
     """Studies in a pack; divides `num_studies`."""

@@ -80,11 +80,9 @@ def _ray(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        # A cluster of our own: only who knows this token may talk to it. Kept in the environment,
-        # so that no token file appears in the user's home.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        from anycontrast_datasets.shard_ray import protect_own_cluster
+
+        protect_own_cluster()
     import ray
 
     if ray.is_initialized():
