@@ -134,28 +134,41 @@ def read_index(source: ByteSource, sha256: str) -> pa.Table:
     Raises:
         ShardError: If it is missing or is not the index that was written.
     """
-    where = f"{source.shown}/{INDEX_NAME}"
+    what = f"opening shards: the index {source.shown}/{INDEX_NAME}"
+    return read_hashed_table(source, sha256, INDEX_SCHEMA, what=what, again=AGAIN)
+
+
+def read_hashed_table(
+    source: ByteSource, sha256: str, schema: pa.Schema, *, what: str, again: str
+) -> pa.Table:
+    """Read `index.parquet` of a store of any kind, if it is the one that was written.
+
+    Args:
+        source: Where the store lies.
+        sha256: Of the index, from `dataset.json`.
+        schema: Columns to read.
+        what: Begins every message: what is being done, and with which file.
+        again: Ends every message: what makes the index anew.
+
+    Raises:
+        ShardError: If it is missing, another one, or not a table of these columns.
+    """
     try:
         content = source.read_all(INDEX_NAME, MAX_INDEX_BYTES)
     except FileNotFoundError:
-        raise ShardError(f"opening shards: the index {where} is missing; {AGAIN}") from None
+        raise ShardError(f"{what} is missing; {again}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ShardError(
-            f"opening shards: the index {where} must have sha256 {sha256[:16]}, found "
-            f"{found[:16]}; {AGAIN}"
-        )
+        raise ShardError(f"{what} must have sha256 {sha256[:16]}, found {found[:16]}; {again}")
     try:
         file = pq.ParquetFile(io.BytesIO(content))
         groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
         num_bytes = sum(group.total_byte_size for group in groups)
         if num_bytes > MAX_INDEX_BYTES:
             raise ValueError(f"it unpacks to {num_bytes} bytes")
-        return file.read(columns=INDEX_SCHEMA.names).cast(INDEX_SCHEMA).combine_chunks()
+        return file.read(columns=schema.names).cast(schema).combine_chunks()
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise ShardError(
-            f"opening shards: the index {where} is not one of ours ({error}); {AGAIN}"
-        ) from error
+        raise ShardError(f"{what} is not one of ours ({error}); {again}") from error
 
 
 def sha256_json(values: object) -> str:

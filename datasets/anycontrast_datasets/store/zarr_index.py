@@ -5,7 +5,6 @@ record and the hash of its group's metadata. `dataset.json` is written last and 
 a table says is held against limits before anything is allocated or opened after it.
 """
 
-import hashlib
 import io
 import math
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from anycontrast_datasets.store.partial import Vox3
 from anycontrast_datasets.store.volume_index import (
     INDEX_NAME,
     KEY_PATTERN,
-    MAX_INDEX_BYTES,
+    read_hashed_table,
 )
 from anycontrast_datasets.store.zarr_metadata import ArrayLayout
 from anycontrast_datasets.store.zarr_shard import CRC_BYTES, ChunkTable
@@ -191,29 +190,10 @@ def read_index(source: ByteSource, sha256: str) -> pa.Table:
     Raises:
         ShardError: If it is missing or is not the index that was written.
     """
-    where = f"{INDEX_NAME} in {source.shown}"
-    try:
-        content = source.read_all(INDEX_NAME, MAX_INDEX_BYTES)
-    except FileNotFoundError:
-        raise ShardError(f"opening the zarr store: {where} is missing; {AGAIN}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ShardError(
-            f"opening the zarr store: {where} must have sha256 {sha256[:16]}, found "
-            f"{found[:16]}; {AGAIN}"
-        )
-    try:
-        file = pq.ParquetFile(io.BytesIO(content))
-        groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > MAX_INDEX_BYTES:
-            raise ShardError(f"opening the zarr store: {where} unpacks to too much; {AGAIN}")
-        table = file.read(columns=INDEX_SCHEMA.names).cast(INDEX_SCHEMA).combine_chunks()
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise ShardError(
-            f"opening the zarr store: {where} is not one of ours ({error}); {AGAIN}"
-        ) from error
+    what = f"opening the zarr store: {INDEX_NAME} in {source.shown}"
+    table = read_hashed_table(source, sha256, INDEX_SCHEMA, what=what, again=AGAIN)
     if any(table[name].null_count for name in INDEX_SCHEMA.names if name != "record"):
-        raise ShardError(f"opening the zarr store: {where} has empty fields; {AGAIN}")
+        raise ShardError(f"{what} has empty fields; {AGAIN}")
     return table
 
 
