@@ -25,8 +25,8 @@ from anycontrast_datasets.withdraw import (
     WithdrawSummary,
     which_models,
     withdraw_subject,
-    withdrawn_subjects,
 )
+from anycontrast_datasets.withdraw_rows import withdrawn_subjects
 
 PREPARE = PrepareConfig(spacing_mm=(10.0, 10.0, 10.0), box_multiple_vox=8)
 CONFIG = ShardConfig(studies_per_shard=3)
@@ -215,6 +215,17 @@ def test_a_later_scan_leaves_the_subject_out(folder: Path, pristine: Path) -> No
     assert subjects_of(folder) == [name for name in subjects_of(pristine) if name != subject]
     assert run_shard(folder / "manifest", folder / "shards", PREPARE, CONFIG).num_prepared == 0
     assert content(folder / "shards") == before
+
+
+def test_a_list_that_a_spreadsheet_saved_is_read_and_a_spoilt_one_is_named(folder: Path) -> None:
+    subjects = subjects_of(folder)
+    listed = folder / "manifest" / "private" / "withdrawn.csv"
+    listed.write_bytes(b"\xef\xbb\xbfsubject_id\r\n" + subjects[0].encode() + b"\r\n")
+    assert withdrawn_subjects(folder / "manifest") == {subjects[0]}
+    listed.write_text(f"{subjects[0]}\n{subjects[2]}\n")
+    with pytest.raises(ManifestError, match="a column subject_id is needed"):
+        withdraw(folder, subjects[1])
+    assert subjects_of(folder) == subjects
 
 
 def test_a_subject_that_is_not_there_changes_nothing(folder: Path) -> None:

@@ -7,7 +7,6 @@ handed on. Every image file of the source is either accepted or in the ledger: i
 refused. The same input gives the same files; files that have not changed are not read again.
 """
 
-import csv
 import json
 import logging
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Literal
 
 from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.files import write_atomically
-from anycontrast_datasets.ledger import Refusal, unescape_cell, write_ledger
+from anycontrast_datasets.ledger import Refusal, write_ledger
 from anycontrast_datasets.manifest import (
     LABEL_KEY,
     MANIFEST_NAME,
@@ -38,6 +37,7 @@ from anycontrast_datasets.sources.claims import SourceOptions
 from anycontrast_datasets.sources.listing import check_root, list_images
 from anycontrast_datasets.sources.phantom_config import PhantomConfig
 from anycontrast_datasets.study import ManifestError, Study
+from anycontrast_datasets.withdraw_rows import withdrawn_subjects
 
 __all__ = ["ScanConfig", "ScanSummary", "run_scan", "summarise"]
 
@@ -48,7 +48,6 @@ PRIVATE_NAME = "private"
 LEDGER_NAME = "ledger.csv"
 KEY_NAME = "pseudonym.key"
 CACHE_NAME = "inspected.jsonl"
-WITHDRAWN_NAME = "withdrawn.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,21 +184,6 @@ def _decisions(config: ScanConfig, private: Path) -> tuple[dict[str, str], dict[
     return applied, {**earlier, **applied}
 
 
-def _withdrawn(private: Path) -> frozenset[str]:
-    """Return the pseudonyms of the subjects that have withdrawn."""
-    path = private / WITHDRAWN_NAME
-    if not path.is_file():
-        return frozenset()
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
-    if rows and "subject_id" not in rows[0]:
-        raise ManifestError(
-            f"reading {path}: a column subject_id is needed, found {sorted(map(str, rows[0]))}; "
-            "correct the first line"
-        )
-    return frozenset(unescape_cell(row["subject_id"] or "").strip() for row in rows) - {""}
-
-
 def _inputs(config: ScanConfig, root: Path) -> Sequence[str]:
     if config.source != "dicom":
         return list_images(root)
@@ -259,7 +243,7 @@ def _source(
         faces=config.faces,
         is_synthetic=config.source == "phantom",
         decisions=decisions,
-        withdrawn=_withdrawn(private),
+        withdrawn=withdrawn_subjects(private.parent),
         cache_file=private / CACHE_NAME,
         reuse_outcomes=config.rescan == "changed",
         on_progress=on_progress,

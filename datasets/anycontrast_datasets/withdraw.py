@@ -9,7 +9,6 @@ Not touched: the source files, copies of shards made elsewhere, caches of other 
 of the shards that changed are in `private/withdrawals.json`), pictures and reports made earlier.
 """
 
-import csv
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -31,7 +30,13 @@ from anycontrast_datasets.pseudonym import PseudonymNaming, SplitRule, load_key
 from anycontrast_datasets.shard_relay import relay_shards, shards_of_studies, shards_of_subjects
 from anycontrast_datasets.study import ManifestError
 from anycontrast_datasets.trained_on import TrainedModels, models_trained_on
-from anycontrast_datasets.withdraw_rows import WITHDRAWN_NAME, clean_private, csv_bytes, remove_rows
+from anycontrast_datasets.withdraw_rows import (
+    WITHDRAWN_NAME,
+    clean_private,
+    csv_bytes,
+    remove_rows,
+    withdrawn_subjects,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,15 +147,6 @@ def which_models(
     _note_shards(entry, shards_dir)
     cleared = [entry.fingerprint_after or "-"]
     return models_trained_on(entry.fingerprints, checkpoints_dirs, cleared=cleared)
-
-
-def withdrawn_subjects(manifest_dir: Path) -> set[str]:
-    """Return the pseudonyms that a scan into this folder must leave out."""
-    path = manifest_dir / WITHDRAWN_NAME
-    if not path.is_file():
-        return set()
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["subject_id"] for row in csv.DictReader(file)}
 
 
 def _find(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from anycontrast_datasets.files import write_atomically
+from anycontrast_datasets.ledger import unescape_cell
 from anycontrast_datasets.manifest import (
     MANIFEST_NAME,
     SOURCES_NAME,
@@ -21,7 +22,7 @@ from anycontrast_datasets.manifest import (
     write_manifest,
 )
 from anycontrast_datasets.pseudonym import STUDY_ID
-from anycontrast_datasets.study import Study
+from anycontrast_datasets.study import ManifestError, Study
 
 WITHDRAWN_NAME = "private/withdrawn.csv"
 CONVERTED_NAME = "private/converted"
@@ -103,6 +104,25 @@ def _drop_rows(path: Path, names: Collection[str]) -> None:
     kept = [row for row in rows if not any(cell.lstrip("'") in names for cell in row)]
     if len(kept) < len(rows):
         write_atomically(path, csv_bytes(kept, delimiter), mode=0o600)
+
+
+def withdrawn_subjects(manifest_dir: Path) -> frozenset[str]:
+    """Return the pseudonyms that a scan into this folder must leave out.
+
+    Raises:
+        ManifestError: the list has lost its heading.
+    """
+    path = manifest_dir / WITHDRAWN_NAME
+    if not path.is_file():
+        return frozenset()
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    if rows and "subject_id" not in rows[0]:
+        raise ManifestError(
+            f"reading {path}: a column subject_id is needed, found {sorted(map(str, rows[0]))}; "
+            "correct the first line"
+        )
+    return frozenset(unescape_cell(row["subject_id"] or "").strip() for row in rows) - {""}
 
 
 def csv_bytes(rows: Iterable[Sequence[str]], delimiter: str = ",") -> bytes:
