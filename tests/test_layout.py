@@ -23,7 +23,12 @@ MAY_IMPORT = {
 }
 # Library -> the only files (relative to the repository) that may import it.
 ONLY_IN = {
-    "ray": ("platform/anycontrast/training/cluster.py", "datasets/anycontrast_datasets/shard"),
+    "ray": (
+        "platform/anycontrast/training/cluster.py",
+        "platform/anycontrast/training/ray_metrics.py",
+        "platform/anycontrast/doctor",
+        "datasets/anycontrast_datasets/shard",
+    ),
     "deepspeed": ("platform/anycontrast/training/engine.py",),
     "webdataset": ("datasets/anycontrast_datasets/store/", "platform/anycontrast/bench/"),
     "zarr": ("datasets/anycontrast_datasets/store/", "platform/anycontrast/bench/"),

@@ -46,7 +46,7 @@ def test_a_contrast_only_one_rank_saw_is_in_the_run_s_line() -> None:
             "sums": sums,
             "tokens": 10,
             "studies": 1,
-            "wait_s": wait_s,
+            "steps": 1,
             "waited_s": wait_s,
             "mix": Counter(),
             "elapsed_s": 2.0,
@@ -63,6 +63,7 @@ def test_a_contrast_only_one_rank_saw_is_in_the_run_s_line() -> None:
     assert values["loss/contrast/ADC"] == pytest.approx(0.75)
     assert (values["tokens_per_s"], values["studies_per_s"]) == (10.0, 1.0)
     assert (values["data_wait_s"], values["memory_bytes"]) == (3.0, 300.0)
+    assert values["step_s"] == 2.0
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
@@ -115,5 +116,5 @@ def test_the_wait_is_a_share_of_the_time_too() -> None:
     meter.add_step([], [], data_wait_s=0.0, is_applied=True)
     assert meter.flush()["data_wait_share"] == 0.0
     own = {"sums": {}, "tokens": 0, "studies": 0, "memory_bytes": 0, "mix": Counter()}
-    ranks = [{**own, "wait_s": 0.1, "waited_s": w, "elapsed_s": e} for w, e in ((1, 4), (2, 3))]
+    ranks = [{**own, "steps": 1, "waited_s": w, "elapsed_s": e} for w, e in ((1, 4), (2, 3))]
     assert metrics._combine(ranks)["data_wait_share"] == 0.5

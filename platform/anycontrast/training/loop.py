@@ -39,8 +39,15 @@ from anycontrast.training.data_log import DataLog
 from anycontrast.training.engine import Engine, EngineConfig
 from anycontrast.training.metrics import Meter, MetricsWriter, read_metrics
 from anycontrast.training.optim import OptimConfig, lr_at
-from anycontrast.training.process_group import from_rank_0, gather_objects, rank, reduce_sums
+from anycontrast.training.process_group import (
+    from_rank_0,
+    gather_objects,
+    rank,
+    reduce_sums,
+    world_size,
+)
 from anycontrast.training.provenance import announce, versions
+from anycontrast.training.ray_metrics import RayMetrics
 from anycontrast.training.run_lock import RunLock
 from anycontrast.training.stop_signal import stop_signal
 from anycontrast.training.task import Micro, Parts, Task, Validation
@@ -155,6 +162,7 @@ def run_loop(
             "versions": versions(),
             **(extra_state or {}),
         }
+        run.live = RayMetrics(str(run_config.get("name", folder.name)), task.kind, rank=rank())
         run.start(stack, found)
         return run.train()
 
@@ -163,6 +171,7 @@ class _Run:
     """One job between its first and its last step."""
 
     state: dict[str, Any]
+    live: RayMetrics
 
     def __init__(
         self,
@@ -189,6 +198,7 @@ class _Run:
         self.engine = Engine(
             self.task, self.config.engine, self.config.optim, accumulation=len(self.first.packs)
         )
+        saved_s = None
         announce(
             f"training {self.task.kind}",
             where=self.engine.device,
@@ -197,7 +207,11 @@ class _Run:
         )
         if found is not None:
             load_optimizer(found, self.engine)
+            saved_s = found.path.stat().st_mtime
             logger.info("resuming at step %d of %d from %s", found.step, self.num_steps, found.path)
+        self.live.started(
+            step=start, planned_steps=self.num_steps, ranks=world_size(), saved_s=saved_s
+        )
         if rank() == 0:
             self.writer = stack.enter_context(MetricsWriter(self.folder, start_step=start))
             if sys.stderr.isatty():
@@ -293,6 +307,9 @@ class _Run:
             "grad_norm": self.engine.grad_norm,
             "skipped_steps": float(self.engine.skipped_steps),
         }
+        self.live.logged(
+            step, values, self.meter.own, quarantined_studies=self.stream.num_quarantined
+        )
         if self.writer is None:
             return
         self.writer.write(step, values)
@@ -328,7 +345,7 @@ class _Run:
         """Write the checkpoint of `step`."""
         state = {**self.state, "stream": self.data.state(step), "num_steps": self.num_steps}
         best = _read_best(self.folder)
-        return save(
+        path = save(
             self.folder / "checkpoints",
             self.engine,
             step=step,
@@ -336,6 +353,8 @@ class _Run:
             keep_last=self.config.keep_last,
             pinned=frozenset({str(best["checkpoint"])} if best else ()),
         )
+        self.live.saved()
+        return path
 
     def name_best(self, step: int, path: Path) -> None:
         """Point `best.json` at a saved checkpoint."""

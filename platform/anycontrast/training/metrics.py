@@ -1,8 +1,9 @@
 """Numbers of a run: summed over packs and ranks, one JSON line per logged step, and TensorBoard.
 
 Keys of `metrics.jsonl`: `step`, `epoch`, `time_s`, `loss`, `loss/contrast/<name>`,
-`loss/set/<names joined by +>`, `lr`, `grad_norm`, `skipped_steps`, `tokens_per_s`,
-`studies_per_s` (every mask of a study counts), `data_wait_s` (mean per step, of the slowest rank),
+`loss/set/<names joined by +>`, `lr`, `grad_norm`, `skipped_steps`, `step_s` (mean, of the slowest
+rank, with what came between the steps), `tokens_per_s`, `studies_per_s` (every mask of a study
+counts), `data_wait_s` (mean per step, of the slowest rank),
 `data_wait_share` (of the time, of the slowest rank), `memory_bytes` (peak, of the fullest rank),
 `mix/dataset/<name>`, `mix/contrast/<name>` and `mix/set/<names>` (share of the studies served; of
 the sets the most frequent), and whatever a validation returned.
@@ -15,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from anycontrast_datasets.mixing import MAX_SETS
 
 class Meter:
     """Sums of this rank since the last log line; `flush` makes them the run's."""
+
+    own: Mapping[str, float] = MappingProxyType({})
+    """What the last `flush` found of this rank alone: times and memory, by the same keys."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -64,16 +68,18 @@ class Meter:
 
     def flush(self) -> dict[str, float]:
         """Return the values over all ranks and start anew; every rank must call it."""
+        elapsed_s, steps = time.perf_counter() - self._start_s, max(self._steps, 1)
         own = {
             "sums": {name: (float(a), float(b)) for name, (a, b) in self._sums.items()},
             "tokens": self._tokens,
             "studies": self._studies,
-            "wait_s": self._wait_s / max(self._steps, 1),
+            "steps": steps,
             "waited_s": self._wait_s,
-            "elapsed_s": time.perf_counter() - self._start_s,
+            "elapsed_s": elapsed_s,
             "mix": self._mix,
             "memory_bytes": peak_memory_bytes(),
         }
+        self.own = {key: float(value) for key, value in _times([own]).items()}
         self._restart()
         return _combine(gather_objects(own))
 
@@ -89,10 +95,19 @@ def _combine(ranks: list[dict[str, Any]]) -> dict[str, float]:
         **{name: total / count for name, (total, count) in sorted(sums.items()) if count > 0},
         "tokens_per_s": sum(one["tokens"] for one in ranks) / elapsed_s,
         "studies_per_s": sum(one["studies"] for one in ranks) / elapsed_s,
-        "data_wait_s": max(one["wait_s"] for one in ranks),
+        **_times(ranks),
+        **_mix_shares(sum((one["mix"] for one in ranks), Counter())),
+    }
+
+
+def _times(ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the slowest rank, and the memory of the fullest."""
+    elapsed_s = max(max(one["elapsed_s"] for one in ranks), 1e-9)
+    return {
+        "step_s": max(one["elapsed_s"] / one["steps"] for one in ranks),
+        "data_wait_s": max(one["waited_s"] / one["steps"] for one in ranks),
         "data_wait_share": max(one["waited_s"] for one in ranks) / elapsed_s,
         "memory_bytes": max(one["memory_bytes"] for one in ranks),
-        **_mix_shares(sum((one["mix"] for one in ranks), Counter())),
     }
 
 
