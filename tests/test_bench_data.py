@@ -131,8 +131,12 @@ def test_codec_and_chunk_tables(
         folder=str(tmp_path / "bench"), rounds=1, chunk_vox=(0, 8), real=str(tmp_path / "nothing")
     )
     result = json.loads(json.dumps(codecs.run(config)))
-    assert list(result["codecs"]) == ["noisy"]
-    assert result["codecs"]["noisy"]["raw int16"]["ratio"] == 1.0
+    for coding in codecs.TABLED:
+        assert list(result["codecs"][coding]) == ["noisy"]
+        assert result["codecs"][coding]["noisy"]["raw int16"]["ratio"] == 1.0
+    costs = result["codings"]["noisy"]
+    assert list(costs) == list(codecs.CODINGS)
+    assert costs["12 bits"]["max_code"] == 4095 > costs["noise / 16"]["max_code"]
     assert set(result["chunks"]) == {"volume store", "zarr 16x24x24", "zarr 8x8x8"}
     for name, row in result["chunks"].items():
         readers = {"anycontrast"} if name == "volume store" else set(row["whole"])

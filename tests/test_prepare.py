@@ -161,7 +161,7 @@ def test_own_grid_is_kept_to_the_voxel() -> None:
     assert all(start >= 0)
     record = arrays.record.volumes[0]
     foreground = arrays.codes["T1w"] > 0
-    kept = foreground & (arrays.codes["T1w"] < 4095)
+    kept = foreground & (arrays.codes["T1w"] < arrays.codes["T1w"].max())
     source = volume.array[box]
     error = np.abs(decoded(arrays, "T1w") - source)[kept]
     assert error.max() <= record.scale * 0.5 + 1e-3
@@ -262,15 +262,26 @@ def test_outliers_saturate_but_not_in_a_measured_map() -> None:
     values[0, 0, 0] = 60_000
     mask = np.ones(values.shape, dtype=np.bool_)
     weighted, measured = encode(values, mask, "T1w"), encode(values, mask, "ADC")
-    assert weighted.codes[0, 0, 0] == measured.codes[0, 0, 0] == 4095
-    assert weighted.scale * 4095 + weighted.offset < 2000
+    assert weighted.codes[0, 0, 0] == weighted.codes.max() < measured.codes[0, 0, 0] == 4095
+    assert weighted.scale * weighted.codes.max() + weighted.offset < 2000
     assert measured.scale * 4095 + measured.offset == pytest.approx(60_000, rel=1e-5)
     for coded in (weighted, measured):
         back = coded.codes * coded.scale + coded.offset
-        is_kept = coded.codes < 4095
+        is_kept = coded.codes < coded.codes.max()
         assert np.count_nonzero(~is_kept) < 0.001 * values.size
         assert np.abs(back - values)[is_kept].max() <= 0.51 * coded.scale
         assert coded.codes.min() == 1
+
+
+def test_steps_follow_the_noise_unless_told_otherwise() -> None:
+    matrix = affine((1.0, 1.0, 1.0))
+    volumes = {"T1w": loaded(head((40, 44, 48), matrix), matrix)}
+    fine, coarse = prepare(volumes, codes_per_noise=None), prepare(volumes)
+    assert fine.codes["T1w"].max() == 4095 > 2 * coarse.codes["T1w"].max()
+    assert coarse.record.volumes[0].scale == pytest.approx(5 / 16, rel=0.1), "noise of `head`: 5"
+    assert prepare(volumes, codes_per_noise=32).record.volumes[0].scale == pytest.approx(
+        coarse.record.volumes[0].scale / 2
+    )
 
 
 def test_occupancy_names_exactly_the_blocks_with_foreground() -> None:
@@ -339,6 +350,8 @@ def test_box_beyond_the_limit_is_refused() -> None:
         {"box_multiple_vox": 12},
         {"max_shape": (8, 512, 512)},
         {"reference": ["T9w"]},
+        {"codes_per_noise": 0.5},
+        {"codes_per_noise": float("nan")},
     ],
 )
 def test_bad_config_is_refused(values: dict[str, Any]) -> None:

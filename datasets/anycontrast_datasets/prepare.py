@@ -22,7 +22,13 @@ import numpy.typing as npt
 from anycontrast_datasets.contrast import contrast_id
 from anycontrast_datasets.files import sha256_file
 from anycontrast_datasets.foreground import Mask, foreground_mask
-from anycontrast_datasets.intensity import BLOCK_VOX, CodedVolume, encode, pack_occupancy
+from anycontrast_datasets.intensity import (
+    BLOCK_VOX,
+    CODES_PER_NOISE,
+    CodedVolume,
+    encode,
+    pack_occupancy,
+)
 from anycontrast_datasets.resample import Grid, is_same_grid, resample
 from anycontrast_datasets.study import (
     Affine,
@@ -37,10 +43,11 @@ from anycontrast_datasets.volume import LoadedVolume, read_volume
 
 logger = logging.getLogger(__name__)
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Raised whenever the same input would give other codes: it enters the key of every study.
 
 2: halves round up, and specks are told from the head at twice the voxel size, for speed.
+3: steps of the codes follow the noise.
 """
 REFERENCE_ORDER = (
     "T1w",
@@ -73,6 +80,8 @@ class PrepareConfig:
     """Every side of the box is a multiple of this; itself a multiple of 8."""
     max_shape: tuple[int, int, int] = (512, 512, 512)
     """Largest box that is accepted, in voxels."""
+    codes_per_noise: float | None = CODES_PER_NOISE
+    """Steps of the stored codes per standard deviation of the noise; null: always 12 bits."""
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None and not all(0.1 <= s <= 20 for s in self.spacing_mm):
@@ -89,6 +98,11 @@ class PrepareConfig:
             raise ValueError(
                 f"prepare.max_shape: must be at least box_multiple_vox ({self.box_multiple_vox}) "
                 f"in every axis, got {self.max_shape}"
+            )
+        if self.codes_per_noise is not None and not 1 <= self.codes_per_noise <= 1000:
+            raise ValueError(
+                f"prepare.codes_per_noise: must be 1 to 1000, got {self.codes_per_noise}; use 16, "
+                "or null for 12 bits whatever the noise"
             )
         for name in self.reference:
             contrast_id(name)
@@ -159,7 +173,7 @@ def prepare_volumes(
         name = volume.contrast
         values = resample(volumes[name].array, grids[name], frame.inner)
         try:
-            coded = encode(values, frame.cut(masks[name]), name)
+            coded = encode(values, frame.cut(masks[name]), name, config.codes_per_noise)
         except StudyError as error:
             raise StudyError(f"study {study.study_id} {error}", code=error.code) from error
         codes[name] = frame.pad(coded.codes)

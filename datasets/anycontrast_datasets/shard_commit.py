@@ -17,7 +17,7 @@ from typing import Any
 from anycontrast_datasets.disk import write_checked
 from anycontrast_datasets.ledger import Refusal, refuse, write_ledger
 from anycontrast_datasets.shard_receipt import RefusedStudy, ShardReceipt, withdraw_dataset
-from anycontrast_datasets.store.codec import CodecName
+from anycontrast_datasets.store.codec import DEFAULT_CODEC, DEFAULT_LEVEL, CodecName
 from anycontrast_datasets.store.volume_index import (
     DATASET_NAME,
     INDEX_NAME,
@@ -92,8 +92,8 @@ def write_arrays(
     folder: Path,
     shards: Sequence[Sequence[StudyArrays]],
     *,
-    codec: CodecName = "zstd",
-    level: int = 5,
+    codec: CodecName = DEFAULT_CODEC,
+    level: int = DEFAULT_LEVEL,
 ) -> list[ShardReceipt]:
     """Write studies that are prepared already as a finished data set, ordered by study id.
 

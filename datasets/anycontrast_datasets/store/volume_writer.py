@@ -16,7 +16,14 @@ from typing import Self
 from anycontrast_datasets.disk import full_disk_named
 from anycontrast_datasets.files import sync_path
 from anycontrast_datasets.record_json import record_to_json
-from anycontrast_datasets.store.codec import CodecName, Codes, checksum, encode
+from anycontrast_datasets.store.codec import (
+    DEFAULT_CODEC,
+    DEFAULT_LEVEL,
+    CodecName,
+    Codes,
+    checksum,
+    encode,
+)
 from anycontrast_datasets.store.volume_index import (
     KEY_PATTERN,
     LABEL_MEMBER,
@@ -38,7 +45,9 @@ class ShardWriter:
         ShardError: From any method that writes, code `disk_full`.
     """
 
-    def __init__(self, path: Path, *, codec: CodecName = "zstd", level: int = 5) -> None:
+    def __init__(
+        self, path: Path, *, codec: CodecName = DEFAULT_CODEC, level: int = DEFAULT_LEVEL
+    ) -> None:
         self.path = path
         self.rows: list[MemberRow] = []
         self._codec: CodecName = codec

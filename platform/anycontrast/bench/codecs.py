@@ -1,8 +1,9 @@
 """Which codec and which chunk shape, by measurement: `anycontrast bench codecs`.
 
-Volumes as int16 codes: what is left of their bytes, how fast they are compressed and read again.
-Noisy ones made from tissue maps, and published skull-stripped ones on the frame they came in, when
-they are at hand.
+Volumes as int16 codes, 12 bits and as fine as their noise deserves: what is left of their bytes,
+how fast they are compressed and read again, and what the coarser codes cost beside the noise. Noisy
+ones made from tissue maps, and published skull-stripped ones on the frame they came in, when they
+are at hand.
 """
 
 import logging
@@ -18,28 +19,39 @@ from anycontrast.bench.chunks import chunk_rows, chunk_table
 from anycontrast.bench.studies import bench_studies
 from anycontrast.bench.timing import alternate, markdown_table
 from anycontrast_datasets.foreground import foreground_mask
-from anycontrast_datasets.intensity import encode
+from anycontrast_datasets.intensity import CODES_PER_NOISE, encode, noise_sigma
 from anycontrast_datasets.store.codec import BLOCK_BYTES
 from anycontrast_datasets.store.codec import encode as encode_frame
-from anycontrast_datasets.store.reader import open_store
 
 logger = logging.getLogger(__name__)
 
 Codes = npt.NDArray[np.int16]
+Source = tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]
 CODECS: tuple[tuple[str, tuple[str, int, int, int] | None], ...] = (
     ("raw int16", None),
     ("blosc lz4-5, byte shuffle", ("lz4", 5, 1, BLOCK_BYTES)),
     ("blosc lz4hc-5, byte shuffle", ("lz4hc", 5, 1, BLOCK_BYTES)),
+    ("blosc lz4hc-5, blocks of 256 KiB", ("lz4hc", 5, 1, 2**18)),
+    ("blosc lz4hc-5, blocks of 2 MiB", ("lz4hc", 5, 1, 2**21)),
     ("blosc lz4hc-9, byte shuffle", ("lz4hc", 9, 1, BLOCK_BYTES)),
     ("blosc zstd-1, byte shuffle", ("zstd", 1, 1, BLOCK_BYTES)),
     ("blosc zstd-3, byte shuffle", ("zstd", 3, 1, BLOCK_BYTES)),
     ("blosc zstd-5, byte shuffle", ("zstd", 5, 1, BLOCK_BYTES)),
-    ("the same, blocks of 256 KiB", ("zstd", 5, 1, 2**18)),
+    ("blosc zstd-5, blocks of 256 KiB", ("zstd", 5, 1, 2**18)),
     ("blosc zstd-9, byte shuffle", ("zstd", 9, 1, BLOCK_BYTES)),
     ("blosc zstd-5, bit shuffle", ("zstd", 5, 2, BLOCK_BYTES)),
     ("blosc zstd-5, no shuffle", ("zstd", 5, 0, BLOCK_BYTES)),
 )
 """Name -> compressor, level, shuffle and block size of blosc."""
+CODINGS: dict[str, float | None] = {
+    "12 bits": None,
+    "noise / 32": 32.0,
+    f"noise / {CODES_PER_NOISE:g}": CODES_PER_NOISE,
+    "noise / 8": 8.0,
+}
+"""Name -> steps per standard deviation of the noise."""
+TABLED = ("12 bits", f"noise / {CODES_PER_NOISE:g}")
+"""Codings of which every codec is measured; of the others, what they cost."""
 REAL = {
     "openms_cross": ("openms_cross/patient19", ("T1", "T1POST", "T2", "FLAIR")),
     "cstar": ("cstar_stroke", ("T1", "T2", "FLAIR")),
@@ -68,34 +80,49 @@ class CodecsBenchConfig:
 
 
 def run(config: CodecsBenchConfig) -> dict[str, Any]:
-    """Measure; returns both tables as numbers and as Markdown.
+    """Measure; returns the tables as numbers and as Markdown.
 
     Raises:
         ManifestError: If nilearn, whose tissue maps the studies are made from, is not installed.
     """
     folder = Path(config.folder).resolve()
     made = bench_studies(folder, config.num_studies)
-    store = open_store(made.store)
-    sets = {"noisy": [store.read(n).codes for n in range(config.num_studies)]}
-    sets |= {name: [codes] for name, codes in _real_studies(Path(config.real)).items()}
-    codecs = {name: _codec_rows(studies, config.rounds) for name, studies in sets.items()}
+    sets = {"noisy": [path for study in made.files for path in study.values()]}
+    sets |= _real_files(Path(config.real))
+    sources = {name: [_source(path) for path in paths] for name, paths in sets.items()}
+    coded = {
+        name: {coding: _coded(volumes, steps) for coding, steps in CODINGS.items()}
+        for name, volumes in sources.items()
+    }
+    codecs = {
+        coding: {
+            name: _codec_rows(codings[coding][0], config.rounds) for name, codings in coded.items()
+        }
+        for coding in TABLED
+    }
+    costs = {
+        name: {coding: _cost(*volumes) for coding, volumes in codings.items()}
+        for name, codings in coded.items()
+    }
     chunks = chunk_rows(made.store, folder / "codecs-zarr", config.chunk_vox, config.rounds)
+    tables = {coding: _table(rows) for coding, rows in codecs.items()}
     return {
         "codecs": codecs,
+        "codings": costs,
         "chunks": chunks,
-        "markdown": {"codecs": _table(codecs), "chunks": chunk_table(chunks)},
+        "markdown": {**tables, "codings": _cost_table(costs), "chunks": chunk_table(chunks)},
     }
 
 
 def real_ratios(folder: Path) -> dict[str, float]:
-    """Return how much smaller zstd-5 makes each published skull-stripped study, and all of them."""
-    totals = {
-        name: (
-            sum(codes.nbytes for codes in study.values()),
-            sum(len(encode_frame(codes)) for codes in study.values()),
-        )
-        for name, study in _real_studies(folder).items()
-    }
+    """Return how much smaller the codes of published skull-stripped studies get, as shipped.
+
+    Each study by itself, and all together as `skull_stripped`.
+    """
+    totals = {}
+    for name, paths in _real_files(folder).items():
+        codes, _ = _coded([_source(path) for path in paths], CODES_PER_NOISE)
+        totals[name] = (sum(c.nbytes for c in codes), sum(len(encode_frame(c)) for c in codes))
     ratios = {name: raw / small for name, (raw, small) in totals.items()}
     if ratios:
         raws, smalls = zip(*totals.values(), strict=True)
@@ -103,11 +130,10 @@ def real_ratios(folder: Path) -> dict[str, float]:
     return ratios
 
 
-def _codec_rows(studies: list[dict[str, Codes]], rounds: int) -> dict[str, dict[str, float]]:
+def _codec_rows(volumes: list[Codes], rounds: int) -> dict[str, dict[str, float]]:
     """Compress every volume by every codec; numbers per volume, ratios against raw int16."""
     from numcodecs import blosc
 
-    volumes = [codes for study in studies for codes in study.values()]
     raw = sum(codes.nbytes for codes in volumes)
     outs = [np.empty_like(codes) for codes in volumes]
     encoders = {name: _encoder(options) for name, options in CODECS}
@@ -154,23 +180,50 @@ def _on_items(function: Callable[[Codes], object], items: list[Codes]) -> Callab
     return lambda number: function(items[number])
 
 
-def _real_studies(folder: Path) -> dict[str, dict[str, Codes]]:
-    """Code published skull-stripped volumes on the frame they came in."""
-    from anycontrast_datasets.volume import read_volume
-
+def _real_files(folder: Path) -> dict[str, list[Path]]:
+    """Find the published skull-stripped studies that are at hand."""
     found = {}
     for name, (place, files) in REAL.items():
         paths = [folder / place / f"{file}.nii.gz" for file in files]
-        if not all(path.is_file() for path in paths):
+        if all(path.is_file() for path in paths):
+            found[name] = paths
+        else:
             logger.warning("%s is not in %s: left out of the codec table", name, folder)
-            continue
-        study = {}
-        for path in paths:
-            loaded = read_volume(path)
-            mask = foreground_mask(loaded.array, loaded.spacing_mm)
-            study[path.stem] = encode(loaded.array, mask, "T1w").codes
-        found[name] = study
     return found
+
+
+def _source(path: Path) -> Source:
+    """Read a volume and its foreground, on the frame it came in."""
+    from anycontrast_datasets.volume import read_volume
+
+    loaded = read_volume(path)
+    return loaded.array, foreground_mask(loaded.array, loaded.spacing_mm)
+
+
+def _coded(volumes: list[Source], codes_per_noise: float | None) -> tuple[list[Codes], list[float]]:
+    """Code volumes; returns the codes, and the rms error of each over its noise.
+
+    Voxels that saturate are left out of the error.
+    """
+    codes, errors = [], []
+    for array, mask in volumes:
+        coded = encode(array, mask, "T1w", codes_per_noise)
+        kept = mask & (coded.codes < coded.codes.max())
+        off = coded.codes[kept] * coded.scale + coded.offset - array[kept]
+        codes.append(coded.codes)
+        errors.append(float(np.sqrt(np.mean(off**2))) / noise_sigma(array, mask))
+    return codes, errors
+
+
+def _cost(volumes: list[Codes], errors: list[float]) -> dict[str, float]:
+    """Sum up a coding by the shipped codec: MB of a volume, ratio, largest code, worst error."""
+    num_bytes = sum(len(encode_frame(codes)) for codes in volumes)
+    return {
+        "mb_per_volume": num_bytes / len(volumes) / 1e6,
+        "ratio": sum(codes.nbytes for codes in volumes) / num_bytes,
+        "max_code": float(max(codes.max() for codes in volumes)),
+        "rms_error_over_noise": max(errors),
+    }
 
 
 def _table(codecs: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -184,5 +237,20 @@ def _table(codecs: dict[str, dict[str, dict[str, float]]]) -> str:
             row.append(f"{values[codec]['ratio']:.2f}")
             row.append(f"{values[codec]['encode_mb_per_s']:.0f}")
             row.append(f"{values[codec]['decode_ms']:.1f}")
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def _cost_table(costs: dict[str, dict[str, dict[str, float]]]) -> str:
+    header = ["step of the codes"]
+    for name in costs:
+        header += [f"{name}: MB a volume", "ratio", "largest code", "rms error / noise"]
+    rows = []
+    for coding in CODINGS:
+        row = [coding]
+        for values in costs.values():
+            cost = values[coding]
+            row += [f"{cost['mb_per_volume']:.2f}", f"{cost['ratio']:.2f}"]
+            row += [f"{cost['max_code']:.0f}", f"{cost['rms_error_over_noise']:.2%}"]
         rows.append(row)
     return markdown_table(header, rows)

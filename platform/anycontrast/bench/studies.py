@@ -17,7 +17,9 @@ import numpy.typing as npt
 from anycontrast_datasets.contrast import resolve_contrast
 from anycontrast_datasets.foreground import foreground_mask
 from anycontrast_datasets.intensity import BLOCK_VOX, encode, pack_occupancy
+from anycontrast_datasets.prepare import PREPARE_VERSION
 from anycontrast_datasets.shard_commit import write_arrays
+from anycontrast_datasets.store.codec import DEFAULT_CODEC, DEFAULT_LEVEL
 from anycontrast_datasets.store.volume_index import DATASET_NAME, SCHEMA_VERSION
 from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord, VolumeRecord
 from anycontrast_datasets.volume import write_volume
@@ -63,7 +65,8 @@ def bench_studies(folder: Path, num_studies: int) -> BenchStudies:
         ManifestError: If nilearn, whose tissue maps are used, is not installed.
     """
     root = folder / f"studies-{FORMAT}"
-    store = folder / f"store-{FORMAT}-{SCHEMA_VERSION}-{num_studies}"
+    versions = f"{FORMAT}-{SCHEMA_VERSION}-{PREPARE_VERSION}-{DEFAULT_CODEC}-{DEFAULT_LEVEL}"
+    store = folder / f"store-{versions}-{num_studies}"
     for number in range(num_studies):
         if not all(path.is_file() for path in _paths(root, number).values()):
             logger.info("making study %d of %d", number + 1, num_studies)
