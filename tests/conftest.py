@@ -1,4 +1,4 @@
-"""What several test files build: one complete tiny run, studies of noise, NIfTI files, DICOM.
+"""What several test files build: one complete tiny run, studies of noise, NIfTI files, DICOM, Ray.
 
 The tiny run is every stage a user calls on phantom studies of 8 mm, made once.
 """
@@ -7,8 +7,18 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import secrets
+import shutil
+import signal
+import socket
 import struct
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -18,6 +28,8 @@ import numpy.typing as npt
 import pytest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from anycontrast.training.config import Config
     from anycontrast_datasets.batch import PackedBatch
     from anycontrast_datasets.study import StudyArrays
@@ -116,8 +128,6 @@ def run_copy(
     tiny_run: object, tiny_yaml: Path, tmp_path: Path, write_tiny_yaml: Callable[[Path], Path]
 ) -> Path:
     """A copy of the whole tiny run to damage; returns its config file, in `tmp_path`."""
-    import shutil
-
     shutil.copytree(tiny_yaml.parent / "runs", tmp_path / "runs")
     return write_tiny_yaml(tmp_path)
 
@@ -184,6 +194,27 @@ def noise_pack() -> "Callable[..., PackedBatch]":
         return pack_studies(studies, NOISE_PATCH, epochs=[0] * len(studies), drop_empty=False)
 
     return pack
+
+
+@pytest.fixture(scope="session")
+def token_voxels() -> "Callable[[PackedBatch], Tensor]":
+    """Say where in `codes_B` the voxels of every token lie: [T, P], for grids of whole patches."""
+    import torch
+
+    from anycontrast_kernels import reference
+
+    def find(batch: "PackedBatch") -> "Tensor":
+        return reference.gather_patches(
+            torch.arange(len(batch.codes_B)),
+            batch.volume_start_V,
+            batch.volume_shape_V3,
+            batch.flip_V3,
+            batch.volume_T,
+            batch.grid_T3,
+            batch.patch_vox,
+        )
+
+    return find
 
 
 @pytest.fixture
@@ -262,6 +293,7 @@ def memory_store(study_of: "Callable[..., StudyArrays]") -> Callable[..., Any]:
     from dataclasses import replace
 
     from anycontrast_datasets.intensity import pack_occupancy
+    from anycontrast_datasets.store.slots import slot_array
     from anycontrast_datasets.study import ShardError, StudyArrays
 
     class MemoryStore:
@@ -272,7 +304,9 @@ def memory_store(study_of: "Callable[..., StudyArrays]") -> Callable[..., Any]:
             self.damaged = damaged
             self.reads: list[str] = []
 
-        def read(self, index: int, *, contrasts: Any = None, label: bool = False) -> StudyArrays:
+        def read(
+            self, index: int, *, contrasts: Any = None, label: bool = False, out: Any = None
+        ) -> StudyArrays:
             study = self.studies[index]
             self.reads.append(study.record.study_id)
             names = study.record.contrasts if contrasts is None else tuple(contrasts)
@@ -284,6 +318,11 @@ def memory_store(study_of: "Callable[..., StudyArrays]") -> Callable[..., Any]:
                 )
             kept = tuple(v for v in study.record.volumes if v.contrast in names)
             codes = {v.contrast: study.codes[v.contrast] for v in kept}
+            if out is not None:
+                slots = {name: slot_array(out, name, array.shape) for name, array in codes.items()}
+                for name, array in codes.items():
+                    slots[name][...] = array
+                codes = slots
             return StudyArrays(replace(study.record, volumes=kept), codes, study.label)
 
         def verify(self) -> list[str]:
@@ -439,3 +478,185 @@ def write_dicom(dicom_head: Callable[..., Any]) -> Callable[..., list[Path]]:
         return paths
 
     return write
+
+
+class RayNodes:
+    """A Ray cluster on this machine that disturbs no other: own ports, folders, home and token.
+
+    Every node has an address of its own, so that ranks count them as machines. Nodes and jobs run
+    a copy of the code: other code on a worker than in the driver is refused, and someone may be
+    editing.
+    """
+
+    bin = Path(sys.executable).parent
+
+    def __init__(self, folder: Path, **env: str) -> None:
+        self.folder, self.code = folder, folder / "code"
+        (folder / "home").mkdir()
+        for name in ("platform", "kernels", "datasets", "recipes"):
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(Path(__file__).parents[1] / name, self.code / name, ignore=skip)
+        self.token = secrets.token_hex(32)
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            "HOME": str(folder / "home"),
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_metrics_report_interval_ms": "1000",
+            "PYTHONPATH": ":".join(str(self.code / n) for n in ("platform", "kernels", "datasets")),
+            "OMP_NUM_THREADS": "1",
+            **env,
+        }
+        self.port, self.dashboard_port = self._free_port(), self._free_port()
+        self.address = f"http://127.0.0.1:{self.dashboard_port}"
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.metrics_ports: list[int] = []
+        self.jobs: list[subprocess.Popen[str]] = []
+
+    def start(self, *, num_cpus: int = 4, env: dict[str, str] | None = None) -> int:
+        """Start a node and wait until it is there; the first is the head. Returns its number."""
+        number = len(self.nodes)
+        self.metrics_ports.append(self._free_port())
+        command = [str(self.bin / "ray"), "start", "--block", "--disable-usage-stats"]
+        command += [f"--num-cpus={num_cpus}", f"--metrics-export-port={self.metrics_ports[-1]}"]
+        command += [f"--dashboard-agent-listen-port={self._free_port()}"]
+        command += [f"--node-ip-address=127.0.0.{number + 1}", "--object-store-memory=100000000"]
+        if number == 0:
+            command += ["--head", f"--port={self.port}", f"--temp-dir={self.folder}/r"]
+            command += [f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1"]
+            command += [f"--ray-client-server-port={self._free_port()}"]
+        else:
+            command += [f"--address=127.0.0.1:{self.port}"]
+        with (self.folder / f"node-{number}.log").open("wb") as log:
+            node = subprocess.Popen(
+                command,
+                env={**self.env, **(env or {})},
+                cwd=self.code,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.nodes.append(node)
+        self._wait(lambda: number == 0 or self._is_up(number), f"node {number} did not start")
+        self._wait(lambda: self.get("/api/version") == 200, "the head did not answer")
+        return number
+
+    def get(self, path: str, *, token: str | None = None) -> int:
+        """Status code of a request to the head with the token, or with another."""
+        bearer = self.token if token is None else token
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        try:
+            request = urllib.request.Request(self.address + path, headers=headers)
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return refusal.code
+        except OSError:
+            return 0
+
+    def scrape(self, number: int = 0) -> str:
+        """What a node's metrics port says, empty while it is not there; it asks for no token."""
+        url = f"http://127.0.0.{number + 1}:{self.metrics_ports[number]}/metrics"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return ""
+
+    def submit(
+        self, *words: str, options: tuple[str, ...] = (), cwd: Path | None = None
+    ) -> "subprocess.Popen[str]":
+        """Start `ray job submit` of a command."""
+        command = [str(self.bin / "ray"), "job", "submit", "--address", self.address, *options]
+        job = subprocess.Popen(
+            [*command, "--", *words],
+            env=self.env,
+            cwd=cwd or self.code,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.jobs.append(job)
+        return job
+
+    def run(self, *words: str, timeout_s: float = 240, **options: Any) -> tuple[int, str]:
+        """Submit a job and wait for its end: exit code and what it printed."""
+        job = self.submit(*words, **options)
+        text, _ = job.communicate(timeout=timeout_s)
+        return job.returncode, text
+
+    def kill(self, number: int) -> None:
+        """End a node as a power cut would: every process of it, at once."""
+        for pid in self._processes(self.nodes[number].pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.nodes[number].wait(10)
+
+    def stop(self) -> None:
+        """End what waits for jobs, then all nodes, the head last."""
+        for job in self.jobs:
+            if job.poll() is None:
+                job.kill()
+            with job:
+                pass
+        for number, node in reversed(list(enumerate(self.nodes))):
+            if node.poll() is None:
+                node.send_signal(signal.SIGTERM)
+                try:
+                    node.wait(20)
+                except subprocess.TimeoutExpired:
+                    self.kill(number)
+
+    def _is_up(self, number: int) -> bool:
+        log = (self.folder / f"node-{number}.log").read_text(errors="replace")
+        return "Ray runtime started" in log
+
+    def _wait(self, is_true: Callable[[], bool], otherwise: str, timeout_s: float = 90) -> None:
+        end_s = time.monotonic() + timeout_s
+        while not is_true():
+            log = (self.folder / f"node-{len(self.nodes) - 1}.log").read_text(errors="replace")
+            assert time.monotonic() < end_s, f"{otherwise}: {log[-2000:]}"
+            time.sleep(0.2)
+
+    @staticmethod
+    def _processes(pid: int) -> list[int]:
+        """A process and all below it, as far as they are now."""
+        children: dict[int, list[int]] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(stat.parent.name))
+        found = [pid]
+        for one in found:
+            found += children.get(one, [])
+        return found
+
+    @staticmethod
+    def _free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+            return port
+
+
+@pytest.fixture(scope="module")
+def ray_nodes() -> Iterator[Callable[..., RayNodes]]:
+    """Make a `RayNodes`, with further environment variables; all are ended after the file."""
+    made: list[RayNodes] = []
+
+    def make(**env: str) -> RayNodes:
+        # Socket paths are limited to about 100 characters, so not pytest's own temporary folder.
+        made.append(RayNodes(Path(tempfile.mkdtemp(prefix="ac-ray-", dir="/tmp")), **env))
+        return made[-1]
+
+    yield make
+    for nodes in made:
+        nodes.stop()
+        shutil.rmtree(nodes.folder, ignore_errors=True)

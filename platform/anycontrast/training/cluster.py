@@ -18,16 +18,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import anycontrast
 from anycontrast.log import progress, setup_logging
 from anycontrast.training.checkpoint import CheckpointError, latest
 from anycontrast.training.config import Config, ConfigError, config_from_dict, config_to_dict
 from anycontrast.training.loop import TrainingError
-from anycontrast.training.pretrain import pretrain_worker, run_pretrain
+from anycontrast.training.pretrain import PretrainTask, pretrain_worker, run_pretrain
+from anycontrast.training.provenance import Provenance, provenance
+from anycontrast.training.ray_metrics import RayMetrics
 from anycontrast_datasets.study import ShardError, StudyError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def launch(config: Config) -> dict[str, Any]:
     """Pretrain where `config.cluster` says and return the run's result.
 
     Raises:
-        ConfigError: contradictory placement, or versions that differ between nodes.
+        ConfigError: contradictory placement, or code that differs between nodes.
         TrainingError: the workers failed more than `cluster.max_failures` times.
     """
     if not _on_ray(config) or _is_done(config):
@@ -145,7 +146,7 @@ def _fit(config: Config) -> dict[str, Any]:
         train_loop_config={
             "config": values,
             "attempt": attempt,
-            "version": anycontrast.__version__,
+            "driver": asdict(provenance()),
             "is_local": _is_single_node(),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -162,7 +163,12 @@ def _fit(config: Config) -> dict[str, Any]:
             backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.timeout_s)
         ),
     )
-    logger.info("placing %d workers, %s", cluster.num_workers, "GPU" if use_gpu else "CPU")
+    logger.info(
+        "placing %d workers, %s; the driver runs %s",
+        cluster.num_workers,
+        "GPU" if use_gpu else "CPU",
+        provenance(),
+    )
     try:
         with _bar(config):
             trainer.fit()
@@ -254,6 +260,9 @@ def _worker(arguments: dict[str, Any]) -> None:
         return
     try:
         _check_node(pretrain, arguments)
+        if rank == 0:
+            times = _count_start(pretrain / f".launch-{attempt}") - 1
+            RayMetrics(config.name, PretrainTask.kind, rank=rank).restarted(times)
         if arguments["is_local"] and "GLOO_SOCKET_IFNAME" not in os.environ:
             # All workers are on this machine; its host name may resolve to nothing reachable.
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -270,18 +279,25 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 
 def _check_node(pretrain: Path, arguments: dict[str, Any]) -> None:
-    """Refuse a node with another version, or one that does not share the run folder."""
-    node = socket.gethostname()
-    if anycontrast.__version__ != arguments["version"]:
+    """Refuse a node with other code, or one that does not share the run folder."""
+    node, own, driver = socket.gethostname(), provenance(), Provenance(**arguments["driver"])
+    if own.differs_from(driver):
         raise ConfigError(
-            f"node {node} has anycontrast {anycontrast.__version__}, the driver has "
-            f"{arguments['version']}; use one image on all nodes"
+            f"node {node} runs {own}; the driver runs {driver}; use one image on all nodes, or "
+            "submit with --runtime-env recipes/runtime_env.yaml, which gives every node your code"
         )
     if not (pretrain / f".launch-{arguments['attempt']}").is_file():
         raise ConfigError(
             f"node {node} does not see the driver's run folder {pretrain}; set root to a folder on "
             "storage that all nodes share"
         )
+
+
+def _count_start(launch: Path) -> int:
+    """Note another start of the workers of an attempt; return how many there were."""
+    with launch.open("ab") as starts:
+        starts.write(b".")
+    return launch.stat().st_size
 
 
 def _record(path: Path, values: dict[str, Any]) -> None:
