@@ -503,7 +503,8 @@ class RayNodes:
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Else nodes on loopback addresses are refused.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
             "RAY_metrics_report_interval_ms": "1000",
             "PYTHONPATH": ":".join(str(self.code / n) for n in ("platform", "kernels", "datasets")),
             "OMP_NUM_THREADS": "1",
@@ -620,7 +621,8 @@ class RayNodes:
         end_s = time.monotonic() + timeout_s
         while not is_true():
             log = (self.folder / f"node-{len(self.nodes) - 1}.log").read_text(errors="replace")
-            assert time.monotonic() < end_s, f"{otherwise}: {log[-2000:]}"
+            is_alive = self.nodes[-1].poll() is None
+            assert is_alive and time.monotonic() < end_s, f"{otherwise}: {log[-2000:]}"
             time.sleep(0.2)
 
     @staticmethod

@@ -13,7 +13,10 @@ from anycontrast_datasets.batch import PackedBatch
 def batch() -> PackedBatch:
     lengths, volume_lengths = (5, 3), (2, 3, 3)
     return PackedBatch(
-        codes_TP=torch.arange(8 * 2, dtype=torch.int16).reshape(8, 2),
+        codes_B=torch.arange(3 * 6, dtype=torch.int16),
+        volume_start_V=torch.tensor([0, 6, 12]),
+        volume_shape_V3=torch.tensor([[1, 1, 6]] * 3),
+        flip_V3=torch.zeros(3, 3, dtype=torch.bool),
         volume_T=torch.tensor([0, 0, 1, 1, 1, 2, 2, 2]),
         position_mm_T3=torch.zeros(8, 3),
         grid_T3=torch.zeros(8, 3, dtype=torch.int64),
@@ -43,10 +46,10 @@ def test_counts_and_offsets_follow_from_the_lengths(batch: PackedBatch) -> None:
 def test_every_tensor_moves_and_the_host_side_stays(batch: PackedBatch) -> None:
     moved = batch.to("meta")
     tensors = [f.name for f in fields(moved) if isinstance(getattr(moved, f.name), Tensor)]
-    assert len(tensors) == 9
+    assert len(tensors) == 12
     assert all(getattr(moved, name).device.type == "meta" for name in tensors)
     assert moved.labels[0] is not None
     assert moved.labels[0].device.type == "meta"
     assert moved.labels[1] is None
     assert (moved.lengths, moved.study_ids) == (batch.lengths, batch.study_ids)
-    assert batch.codes_TP.device.type == "cpu"
+    assert batch.codes_B.device.type == "cpu"

@@ -5,6 +5,7 @@ import torch
 
 from anycontrast.models.decoder import CrossDecoder, DecoderConfig, JointDecoder, build_decoder
 from anycontrast.models.masking import MaskedPack, MaskingConfig, mask_batch
+from anycontrast.models.patches import patch_codes
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.study import StudyArrays
 
@@ -35,7 +36,7 @@ def build(kind: str, **changes: object) -> JointDecoder | CrossDecoder:
 
 def encode(pack: MaskedPack) -> torch.Tensor:
     """Stands in for an encoder: any function of the visible patches, each by itself."""
-    codes = pack.batch.codes_TP[pack.visible_index_N].float()
+    codes = patch_codes(pack.batch, pack.visible_index_N).float()
     return torch.sin(codes[:, :WIDTH])
 
 

@@ -5,10 +5,10 @@ import torch
 
 from anycontrast.models.encoder import Encoder, EncoderConfig
 from anycontrast.models.masking import MaskingConfig, mask_batch
+from anycontrast.models.patches import patch_zscores
 from anycontrast.models.positions import sincos_position
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.study import StudyArrays
-from anycontrast_kernels.patchify import intensity_map
 
 PATCH = (4, 2, 6)
 
@@ -51,14 +51,17 @@ def test_contrasts_of_a_study_see_each_other(
 
 
 def test_visible_tokens_are_encoded_as_if_the_hidden_ones_did_not_exist(
-    noise_pack: Callable[..., PackedBatch], study_a: StudyArrays, study_b: StudyArrays
+    noise_pack: Callable[..., PackedBatch],
+    study_a: StudyArrays,
+    study_b: StudyArrays,
+    token_voxels: Callable[[PackedBatch], torch.Tensor],
 ) -> None:
     encoder = build()
     masked = mask_batch(noise_pack(study_a, study_b), MaskingConfig(), 0)
     visible = (masked.visible_index_N, masked.visible_lengths, masked.cu_visible)
     found = encoder(masked.batch, visible=visible)[0]
     assert found.shape == (sum(masked.visible_lengths), 128)
-    masked.batch.codes_TP[masked.hidden_T] = 0
+    masked.batch.codes_B[token_voxels(masked.batch)[masked.hidden_T]] = 0
     torch.testing.assert_close(encoder(masked.batch, visible=visible)[0], found, atol=0, rtol=0)
 
 
@@ -68,8 +71,8 @@ def test_tokens_are_projection_plus_position_shared_by_contrasts(
     encoder = build(depth=1)
     batch = noise_pack(study_a)
     tokens, runs = encoder.embed(batch)
-    assert runs.lengths == (72,)
-    x = intensity_map(batch.codes_TP, batch.volume_T, batch.intensity_V4)
+    assert runs.cu_seqlens.tolist() == [0, 72]
+    x = patch_zscores(batch)
     projected = encoder.tokenizer(x, batch.volume_T, batch.contrast_V, batch.descriptor_VK)
     position = tokens - projected
     expected = sincos_position(batch.position_mm_T3, 128, patch_mm=16.0)

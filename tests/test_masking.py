@@ -24,7 +24,10 @@ def batch_of(
     num_tokens, num_volumes = sum(lengths), len(names)
     rows = torch.repeat_interleave(torch.arange(num_volumes), torch.tensor(volume_lengths))
     return PackedBatch(
-        codes_TP=torch.arange(num_tokens, dtype=torch.int16)[:, None],
+        codes_B=torch.arange(num_tokens, dtype=torch.int16),
+        volume_start_V=torch.tensor([0, *accumulate(volume_lengths)][:-1]),
+        volume_shape_V3=torch.tensor([[n, 1, 1] for n in volume_lengths]),
+        flip_V3=torch.zeros(num_volumes, 3, dtype=torch.bool),
         volume_T=rows,
         position_mm_T3=torch.zeros(num_tokens, 3),
         grid_T3=torch.zeros(num_tokens, 3, dtype=torch.int64),

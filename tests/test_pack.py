@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anycontrast.models.patches import patch_codes
 from anycontrast_datasets.augment import StudyView
 from anycontrast_datasets.contrast import ContrastDescriptor, contrast_id
 from anycontrast_datasets.intensity import pack_occupancy
@@ -99,6 +100,7 @@ def test_tokens_are_those_of_a_plain_loop_over_patches(patch: Shape, drop_empty:
         make_study("b", random_codes((20, 6, 17), "DWI", seed=2)),
     ]
     batch = pack_studies(studies, patch, epochs=[0, 4], drop_empty=drop_empty)
+    codes_TP = patch_codes(batch)
     token = 0
     volume = 0
     for s, study in enumerate(studies):
@@ -107,7 +109,7 @@ def test_tokens_are_those_of_a_plain_loop_over_patches(patch: Shape, drop_empty:
                 keeps_all = len(patches_by_loop(study.codes[name], patch)) <= 2
                 if drop_empty and not any(values) and not keeps_all:
                     continue
-                assert batch.codes_TP[token].tolist() == values
+                assert codes_TP[token].tolist() == values
                 assert tuple(batch.grid_T3[token].tolist()) == index
                 assert int(batch.volume_T[token]) == volume
                 token += 1
@@ -162,9 +164,10 @@ def test_a_crop_keeps_the_positions_it_has_in_the_whole_study() -> None:
     part = StudyArrays(whole.record, {"T1w": codes["T1w"][4:8, 3:12, 8:16]})
     cut = pack_studies([StudyView(part, (4, 3, 8))], (2, 3, 4), epochs=[0])
     full = pack_studies([whole], (2, 3, 4), epochs=[0])
-    places = {tuple(p.tolist()): c for p, c in zip(full.position_mm_T3, full.codes_TP, strict=True)}
+    whole_TP = patch_codes(full)
+    places = {tuple(p.tolist()): c for p, c in zip(full.position_mm_T3, whole_TP, strict=True)}
     assert cut.num_tokens == 2 * 3 * 2
-    for position, patch in zip(cut.position_mm_T3, cut.codes_TP, strict=True):
+    for position, patch in zip(cut.position_mm_T3, patch_codes(cut), strict=True):
         assert torch.equal(places[tuple(position.tolist())], patch)
 
 
@@ -177,7 +180,7 @@ def test_packing_does_not_care_how_the_codes_lie_in_memory() -> None:
     frozen.flags.writeable = False
     variants = [codes, codes[::-1].copy()[::-1], np.asfortranarray(codes), strided, frozen]
     packed = [
-        pack_studies([make_study("a", {"T1w": v})], (2, 3, 4), epochs=[0]).codes_TP
+        patch_codes(pack_studies([make_study("a", {"T1w": v})], (2, 3, 4), epochs=[0]))
         for v in variants
     ]
     assert all(
@@ -191,7 +194,7 @@ def test_packed_tokens_are_copies_of_the_study() -> None:
     label = np.ones((8, 12, 16), dtype=np.uint8)
     study = make_study("a", codes, label=label)
     batch = pack_studies([study], (8, 12, 16), epochs=[0], drop_empty=False, labels=True)
-    batch.codes_TP.zero_()
+    batch.codes_B.zero_()
     assert batch.labels[0] is not None
     batch.labels[0].zero_()
     assert codes["T1w"].all()
@@ -205,7 +208,7 @@ def test_nearly_empty_volumes_keep_their_two_fullest_patches() -> None:
     batch = pack_studies([make_study("a", {"T1w": one, "FLAIR": nothing})], (2, 2, 2), epochs=[0])
     assert batch.volume_lengths == (2, 2)
     assert batch.grid_T3[:2].tolist() == [[0, 0, 0], [1, 1, 2]]
-    assert batch.codes_TP.sum() == 7
+    assert patch_codes(batch).sum() == 7
 
 
 def test_a_volume_of_a_single_patch_keeps_that_patch() -> None:

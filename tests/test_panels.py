@@ -10,9 +10,9 @@ import torch
 
 from anycontrast.evaluation import panels
 from anycontrast.models.masking import MaskedPack, MaskingConfig, mask_batch
+from anycontrast.models.patches import patch_zscores
 from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.study import StudyArrays, StudyRecord, VolumeRecord
-from anycontrast_kernels.patchify import intensity_map
 
 
 def make_pack(contrasts: tuple[str, ...], *, drop_empty: bool = True) -> MaskedPack:
@@ -57,9 +57,7 @@ def make_pack(contrasts: tuple[str, ...], *, drop_empty: bool = True) -> MaskedP
 
 
 def truth(pack: MaskedPack) -> torch.Tensor:
-    batch = pack.batch
-    x_TP = intensity_map(batch.codes_TP, batch.volume_T, batch.intensity_V4)
-    return x_TP[pack.target_index_M]
+    return patch_zscores(pack.batch, pack.target_index_M)
 
 
 def png_size(path: Path) -> tuple[int, int]:

@@ -9,12 +9,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -37,6 +38,7 @@ from anycontrast.training.process_group import (
 )
 from anycontrast_datasets.intensity import pack_occupancy
 from anycontrast_datasets.pack import pack_studies
+from anycontrast_datasets.store.slots import slot_array
 from anycontrast_datasets.stream import StreamConfig
 from anycontrast_datasets.study import ShardError, StudyArrays, StudyRecord, VolumeRecord
 
@@ -63,7 +65,12 @@ class MemoryStore:
         return tuple(study.record for study in self.studies)
 
     def read(
-        self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
+        self,
+        index: int,
+        *,
+        contrasts: Sequence[str] | None = None,
+        label: bool = False,
+        out: Mapping[str, npt.NDArray[np.int16]] | None = None,
     ) -> StudyArrays:
         study = self.studies[index]
         if index in self.damaged:
@@ -71,6 +78,9 @@ class MemoryStore:
         names = study.record.contrasts if contrasts is None else contrasts
         kept = tuple(volume for volume in study.record.volumes if volume.contrast in names)
         codes = {volume.contrast: study.codes[volume.contrast] for volume in kept}
+        if out is not None:
+            for name, array in codes.items():
+                slot_array(out, name, array.shape)[...] = array
         return StudyArrays(replace(study.record, volumes=kept), codes)
 
     def verify(self) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anycontrast.models.patches import patch_codes
 from anycontrast_datasets.shard_commit import write_arrays
 from anycontrast_datasets.store.byte_source import UNREACHABLE, check_name, parse_location
 from anycontrast_datasets.store.cache import CacheConfig
@@ -230,7 +231,7 @@ def test_a_stream_over_a_failing_server_serves_what_the_clean_run_served(
         config = StreamConfig(studies_per_step=3, num_threads=3, prefetch_steps=1)
         with StudyStream(store, config, (8, 8, 8), seed=4) as stream:
             packs = [next(stream).packs[0] for _ in range(8)]
-        return [(p.study_ids, checksum(p.codes_TP.numpy().tobytes())) for p in packs]
+        return [(p.study_ids, checksum(patch_codes(p).numpy().tobytes())) for p in packs]
 
     clean = served(open_store(folder))
     store = open_quickly(server.url, CacheConfig(folder=str(tmp_path), max_bytes=90_000))

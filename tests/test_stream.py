@@ -4,17 +4,19 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.intensity import pack_occupancy
+from anycontrast_datasets.store.slots import slot_array
 from anycontrast_datasets.stream import StepPacks, StreamConfig, StudyStream
 from anycontrast_datasets.study import (
     ManifestError,
@@ -52,7 +54,12 @@ class MemoryStore:
         return "memory-" + "-".join(record.study_id for record in self.records)
 
     def read(
-        self, index: int, *, contrasts: Sequence[str] | None = None, label: bool = False
+        self,
+        index: int,
+        *,
+        contrasts: Sequence[str] | None = None,
+        label: bool = False,
+        out: Mapping[str, npt.NDArray[np.int16]] | None = None,
     ) -> StudyArrays:
         time.sleep(self.delay_s)
         study = self.studies[index]
@@ -65,6 +72,9 @@ class MemoryStore:
             raise ShardError(f"shard memory, study {record.study_id}, member T1w: xxh3 differs")
         kept = tuple(volume for volume in record.volumes if volume.contrast in names)
         codes = {volume.contrast: study.codes[volume.contrast] for volume in kept}
+        if out is not None:
+            for name, array in codes.items():
+                slot_array(out, name, array.shape)[...] = array
         return StudyArrays(replace(record, volumes=kept), codes, study.label if label else None)
 
     def verify(self) -> list[str]:

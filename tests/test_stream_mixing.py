@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from anycontrast.models.masking import MaskingConfig, mask_batch
+from anycontrast.models.patches import patch_codes
 from anycontrast_datasets.audit import combine_states
 from anycontrast_datasets.mixing import MixingConfig
 from anycontrast_datasets.stream import StepPacks, StreamConfig, StudyStream
@@ -167,15 +168,16 @@ def test_draws_read_a_study_once_and_mask_it_several_times(store: Any) -> None:
         assert many.study_ids == tuple(name for name in few.study_ids for _ in range(3))
         assert many.draws == (0, 1, 2) * 3
         plain, drawn = (mask_batch(pack, MaskingConfig(), 5) for pack in (few, many))
+        few_TP, many_TP = patch_codes(few), patch_codes(many)
         for study in range(3):
             a, b = few.offsets[study : study + 2]
             copies = [slice(*many.offsets[3 * study + n : 3 * study + n + 2]) for n in range(3)]
             # Draw 0 is what was served before there were several.
-            assert torch.equal(few.codes_TP[a:b], many.codes_TP[copies[0]])
+            assert torch.equal(few_TP[a:b], many_TP[copies[0]])
             assert torch.equal(plain.hidden_T[a:b], drawn.hidden_T[copies[0]])
             masks = [tuple(drawn.hidden_T[copy].tolist()) for copy in copies]
             assert len(set(masks)) > 1
-            flips.add(torch.equal(many.codes_TP[copies[0]], many.codes_TP[copies[1]]))
+            flips.add(torch.equal(many_TP[copies[0]], many_TP[copies[1]]))
     assert flips == {True, False}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from anycontrast.models.patches import patch_codes
 from anycontrast_datasets.shard_commit import write_arrays
 from anycontrast_datasets.store.byte_source import LocalSource
 from anycontrast_datasets.store.reader import open_store
@@ -122,9 +123,10 @@ def test_all_contrasts_of_a_study_are_augmented_alike(
     with StudyStream(store, config, PATCH, seed=0) as stream:
         for _ in range(6):
             (pack,) = next(stream).packs
+            codes_TP = patch_codes(pack)
             for study in range(pack.num_studies):
                 first, last = pack.offsets[study : study + 2]
-                volumes = pack.codes_TP[first:last].reshape(3, -1)
+                volumes = codes_TP[first:last].reshape(3, -1)
                 assert torch.equal(volumes[0], volumes[1])
                 assert torch.equal(volumes[0], volumes[2])
                 seen.add((pack.study_ids[study], tuple(volumes[0][:9].tolist())))

@@ -1,8 +1,12 @@
 """PackedBatch: tokens of several studies in one row, nothing padded.
 
-Letters used in names here and in the model: T tokens, P voxels per patch, V volumes, S studies,
-K descriptor values. Tokens are ordered by study, then volume (in the study's order), then patch
-grid index in C order; so every study and every volume is one contiguous run.
+A token is a patch of a volume, named by volume and grid index. The batch carries the volumes as
+they are stored; their patches are cut where they are needed, on the device of the model, by
+`anycontrast_kernels.patchify.gather_zscores`.
+
+Letters used in names here and in the model: T tokens, B voxels of all volumes, V volumes, S
+studies, K descriptor values. Tokens are ordered by study, then volume (in the study's order), then
+patch grid index in C order; so every study and every volume is one contiguous run.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -17,14 +21,21 @@ from torch import Tensor
 class PackedBatch:
     """Tokens of `S` studies. Tensors move with `.to(device)`; the rest stays on the host."""
 
-    codes_TP: Tensor
-    """[T, P] int16, stored codes; voxels of a patch in C order of (i, j, k)."""
+    codes_B: Tensor
+    """[B] int16, stored codes of whole volumes, each in C order of (i, j, k), not mirrored."""
+    volume_start_V: Tensor
+    """[V] int64, first voxel of each volume in `codes_B`; draws of a study share their voxels."""
+    volume_shape_V3: Tensor
+    """[V, 3] int64, voxels of each volume along i, j, k."""
+    flip_V3: Tensor
+    """[V, 3] bool, axes along which the volume is seen mirrored."""
     volume_T: Tensor
     """[T] int64, row of the per-volume tables."""
     position_mm_T3: Tensor
     """[T, 3] float32, patch centre in mm along the grid axes (R+, A+, S+), 0 at the box centre."""
     grid_T3: Tensor
-    """[T, 3] int64, index of the patch in its study's patch grid."""
+    """[T, 3] int64, index of the patch in its study's patch grid, as seen. The grid is padded at
+    its far end (as seen) with code 0 up to whole patches."""
     intensity_V4: Tensor
     """[V, 4] float32, (gain, bias, low, high): z-score = clip(code * gain + bias, low, high)."""
     contrast_V: Tensor
@@ -62,7 +73,7 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         """T."""
-        return int(self.codes_TP.shape[0])
+        return int(self.volume_T.shape[0])
 
     @property
     def num_studies(self) -> int:

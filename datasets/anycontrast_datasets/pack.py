@@ -1,11 +1,10 @@
 """Studies to a PackedBatch, and studies to packs of equal cost.
 
-In: prepared studies, whole or cropped. Out: the tokens of all their volumes in one row, patches
-without foreground left out, nothing padded but the last patch of an axis. The patches of a volume
-are gathered in one pass as runs of voxels along k, so that the cost is near that of copying the
-codes twice; there is no Python loop over tokens.
+In: prepared studies, whole or cropped. Out: a PackedBatch of their voxels, and of all patches of
+all volumes that hold foreground. The voxels are copied once, nothing is cut or padded here, and
+there is no Python loop over tokens.
 
-Letters: L patches of a volume, N kept ones, P voxels per patch, XYZ voxels along i, j, k.
+Letters: N kept patches of a volume, B voxels of all volumes, XYZ voxels along i, j, k.
 """
 
 import heapq
@@ -23,7 +22,8 @@ from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.cost import DEFAULT_COST
 from anycontrast_datasets.intensity import BLOCK_VOX, unpack_occupancy
 from anycontrast_datasets.pack_tables import StudyTokens, packed_batch
-from anycontrast_datasets.store.partial import gather_patches, patch_grid
+from anycontrast_datasets.store.partial import patch_grid
+from anycontrast_datasets.store.slots import recycled_bytes
 from anycontrast_datasets.study import StudyArrays, StudyError, StudyRecord
 
 Vox3 = tuple[int, int, int]
@@ -42,7 +42,7 @@ def pack_studies(
 ) -> PackedBatch:
     """Pack studies into one row of tokens, in the order given.
 
-    Every volume's grid is padded at its far end up to whole patches with code 0. Tokens are
+    Every volume's grid reaches over its far end up to whole patches, with code 0 there. Tokens are
     ordered by study, volume (order of the record) and patch grid index in C order. Positions are
     patch centres in mm from the centre of the stored box, so a crop keeps its place.
 
@@ -64,16 +64,17 @@ def pack_studies(
         raise ValueError(f"pack: one epoch per study, got {len(epochs)} for {len(studies)} studies")
     if len(patch_vox) != 3 or any(n < 1 for n in patch_vox):
         raise ValueError(f"pack: patch_vox must be three positive integers, got {patch_vox}")
-    parts, codes = [], []
-    for study, epoch in zip(studies, epochs, strict=True):
-        view = study if isinstance(study, StudyView) else StudyView(study)
+    views = [study if isinstance(study, StudyView) else StudyView(study) for study in studies]
+    for study, view in zip(studies, views, strict=True):
         _check_shape(view, cropped=isinstance(study, StudyView))
-        padded, part = _study_tokens(view, patch_vox, int(epoch), drop_empty, labels)
-        codes += padded
+    num_voxels = sum(math.prod(view.shape) * len(view.arrays.codes) for view in views)
+    codes_B = recycled_bytes(2 * num_voxels).view(np.int16)
+    parts, start = [], 0
+    for view, epoch in zip(views, epochs, strict=True):
+        part = _place_study(view, codes_B[start:], start, patch_vox, int(epoch), drop_empty, labels)
         parts.append(part)
-    kept = [kept_N for part in parts for kept_N in part.kept]
-    codes_TP = _gather(codes, kept, patch_vox)
-    return packed_batch(parts, codes_TP, patch_vox, labels=labels)
+        start += math.prod(part.shape) * len(part.volumes)
+    return packed_batch(parts, codes_B, patch_vox, labels=labels)
 
 
 def estimate_tokens(
@@ -154,7 +155,7 @@ def _occupied_share(
 
 
 def occupied_patches(
-    record: StudyRecord, contrasts: Sequence[str], patch_vox: Vox3
+    record: StudyRecord, contrasts: Sequence[str], patch_vox: Vox3, *, flips: Sequence[int] = ()
 ) -> npt.NDArray[np.bool_]:
     """Read from the occupancy bitmaps which patches hold foreground: [V, I, J, K].
 
@@ -165,9 +166,12 @@ def occupied_patches(
         record: The stored study.
         contrasts: Volumes wanted; the result is in the record's order.
         patch_vox: Voxels of a patch along i, j, k.
+        flips: Axes along which the study is seen mirrored.
     """
     chosen = [volume for volume in record.volumes if volume.contrast in contrasts]
-    blocks = [unpack_occupancy(volume.occupancy, record.shape) for volume in chosen]
+    blocks = [
+        np.flip(unpack_occupancy(volume.occupancy, record.shape), tuple(flips)) for volume in chosen
+    ]
     merge = [max(p // BLOCK_VOX, 1) for p in patch_vox]
     whole = [-(-n // m) * m for n, m in zip(blocks[0].shape, merge, strict=True)]
     bits = np.zeros((len(chosen), *whole), dtype=np.bool_)
@@ -179,26 +183,66 @@ def occupied_patches(
     return bits
 
 
-def _study_tokens(
-    view: StudyView, patch_vox: Vox3, epoch: int, drop_empty: bool, labels: bool
-) -> tuple[list[npt.NDArray[np.int16]], StudyTokens]:
-    """Return the volumes, padded up to whole patches, and which patches of them are kept."""
+def occupied_voxels(codes_XYZ: npt.NDArray[np.int16], patch_vox: Vox3) -> npt.NDArray[np.int64]:
+    """Find which patches of a volume hold foreground, but at least the two fullest.
+
+    Args:
+        codes_XYZ: [X, Y, Z]; the grid reaches over its far ends up to whole patches.
+        patch_vox: Voxels of a patch along i, j, k.
+
+    Returns:
+        [N] flat C-order indices into the patch grid, ascending.
+    """
+    x, y, z = grid = patch_grid(codes_XYZ.shape, patch_vox)
+    a, b, c = patch_vox
+    shape = (x * a, y * b, z * c)
+    if codes_XYZ.shape != shape:
+        padded = np.zeros(shape, dtype=np.int16)
+        padded[tuple(slice(n) for n in codes_XYZ.shape)] = codes_XYZ
+        codes_XYZ = padded
+    codes_XYZ = np.ascontiguousarray(codes_XYZ)
+    # Whole rows along k are combined first: the long axis keeps the inner loop vectorised.
+    rows = codes_XYZ.reshape(x, a, y, b, z * c)
+    bits = np.bitwise_or.reduce(np.bitwise_or.reduce(rows, axis=1), axis=2)
+    kept = np.flatnonzero(bits.reshape(math.prod(grid), c).any(axis=1))
+    if len(kept) >= MIN_PATCHES:
+        return kept
+    sums = codes_XYZ.reshape(x, a, y, b, z, c).sum(axis=(1, 3, 5), dtype=np.int64).ravel()
+    return np.sort(np.argsort(-sums, kind="stable")[:MIN_PATCHES])
+
+
+def _place_study(
+    view: StudyView,
+    codes_B: npt.NDArray[np.int16],
+    start: int,
+    patch_vox: Vox3,
+    epoch: int,
+    drop_empty: bool,
+    labels: bool,
+) -> StudyTokens:
+    """Copy the volumes to the head of `codes_B`, and say which patches of them are kept."""
     arrays, record = view.arrays, view.arrays.record
     grid = patch_grid(view.shape, patch_vox)
     padded = tuple(g * p for g, p in zip(grid, patch_vox, strict=True))
     volumes = tuple(volume for volume in record.volumes if volume.contrast in arrays.codes)
-    codes = [_pad_codes(arrays.codes[volume.contrast], padded) for volume in volumes]
-    every = np.arange(math.prod(grid))
-    part = StudyTokens(
+    size = math.prod(view.shape)
+    kept = []
+    for number, volume in enumerate(volumes):
+        codes_XYZ = codes_B[number * size : (number + 1) * size].reshape(view.shape)
+        codes_XYZ[...] = arrays.codes[volume.contrast]
+        every = np.arange(math.prod(grid))
+        kept.append(occupied_voxels(codes_XYZ, patch_vox) if drop_empty else every)
+    return StudyTokens(
         record=record,
         epoch=epoch,
         patch_grid=grid,
         origin_vox=view.origin_vox,
         volumes=volumes,
-        kept=tuple(_occupied(c, patch_vox) if drop_empty else every for c in codes),
+        kept=tuple(kept),
+        starts=tuple(start + number * size for number in range(len(volumes))),
+        shape=view.shape,
         label=_pad_label(arrays.label, padded) if labels and arrays.label is not None else None,
     )
-    return codes, part
 
 
 def _check_shape(view: StudyView, *, cropped: bool) -> None:
@@ -222,44 +266,7 @@ def _check_shape(view: StudyView, *, cropped: bool) -> None:
         )
 
 
-def _pad_codes(codes: npt.NDArray[np.int16], shape: tuple[int, ...]) -> npt.NDArray[np.int16]:
-    """Pad at the far end with code 0; hand back the array itself where nothing is to be done."""
-    if codes.shape == shape:
-        return np.ascontiguousarray(codes)
-    padded = np.zeros(shape, dtype=np.int16)
-    padded[tuple(slice(n) for n in codes.shape)] = codes
-    return padded
-
-
 def _pad_label(label: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor:
     padded = torch.zeros(shape, dtype=torch.uint8)
     padded.numpy()[tuple(slice(n) for n in label.shape)] = label
     return padded
-
-
-def _occupied(codes: npt.NDArray[np.int16], patch: tuple[int, int, int]) -> npt.NDArray[np.int64]:
-    x, y, z = (n // p for n, p in zip(codes.shape, patch, strict=True))
-    # Whole rows along k are combined first: the long axis keeps the inner loop vectorised.
-    rows = codes.reshape(x, patch[0], y, patch[1], z * patch[2])
-    bits = np.bitwise_or.reduce(np.bitwise_or.reduce(rows, axis=1), axis=2)
-    kept = np.flatnonzero(bits.reshape(x * y * z, patch[2]).any(axis=1))
-    if len(kept) >= MIN_PATCHES:
-        return kept
-    blocks = codes.reshape(x, patch[0], y, patch[1], z, patch[2])
-    sums = blocks.sum(axis=(1, 3, 5), dtype=np.int64).ravel()
-    return np.sort(np.argsort(-sums, kind="stable")[:MIN_PATCHES])
-
-
-def _gather(
-    codes: Sequence[npt.NDArray[np.int16]],
-    kept: Sequence[npt.NDArray[np.int64]],
-    patch_vox: Vox3,
-) -> npt.NDArray[np.int16]:
-    """Copy the kept patches of all volumes into one new [T, P] array."""
-    codes_TP = np.empty((sum(map(len, kept)), math.prod(patch_vox)), dtype=np.int16)
-    start = 0
-    for codes_XYZ, kept_N in zip(codes, kept, strict=True):
-        stop = start + len(kept_N)
-        gather_patches(codes_XYZ, patch_vox, kept_N, codes_TP[start:stop])
-        start = stop
-    return codes_TP

@@ -17,11 +17,11 @@ from anycontrast_datasets.augment import StudyView, augment_study, choose_flips
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.order import study_rng
 from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.pack_direct import DirectPack, StudyRequest, plan_direct_pack
+from anycontrast_datasets.pack_direct import DirectPack, StudyRequest
 from anycontrast_datasets.quarantine import Damage, Quarantine, damage_from
 from anycontrast_datasets.step_plan import SUBSTITUTE_REPEAT, Place, Serving, Servings
 from anycontrast_datasets.store.byte_source import UNREACHABLE
-from anycontrast_datasets.store.reader import StudyStore
+from anycontrast_datasets.store.reader import Announcer, StudyStore
 from anycontrast_datasets.store.volume_index import LABEL_MEMBER
 from anycontrast_datasets.stream_config import StreamConfig
 from anycontrast_datasets.study import ShardError
@@ -88,14 +88,20 @@ class PackReader:
             The pack to come; its errors are the store's.
         """
         pack = [self._servings.make(place) for place in places]
-        plan = pool.submit(self._plan, pack)
-        reads = [pool.submit(self._read_into, plan, n, pack[n]) for n in range(len(pack))]
+        direct = self._direct(pack)
+        reads = [pool.submit(self._read_into, direct, n, pack[n]) for n in range(len(pack))]
         # When a task runs, those it waits for are being run by other threads or are done: the pool
         # starts work in the order of submission, so it never waits for a place in the pool.
-        return pool.submit(self._pack, step, pack, plan, reads, others)
+        return pool.submit(self._pack, step, pack, direct, reads, others)
 
-    def _plan(self, pack: Sequence[Serving]) -> DirectPack | None:
-        """Plan to read straight into the pack, where that gives the same tokens."""
+    def announce(self, places: Sequence[Place]) -> None:
+        """Let the disk fetch the studies of a pack while others are being decoded."""
+        if isinstance(self._store, Announcer):
+            for place in places:
+                self._store.announce(self._servings.make(place).index)
+
+    def _direct(self, pack: Sequence[Serving]) -> DirectPack | None:
+        """Plan to read straight into the pack; parts of studies and labels are packed after."""
         config = self._config
         if config.crop_vox is not None or config.labels:
             return None
@@ -113,18 +119,12 @@ class PackReader:
             )
             for serving in pack
         ]
-        direct = plan_direct_pack(
-            self._store, requests, self._patch_vox, drop_empty=config.drop_empty
-        )
-        if direct is not None:
-            direct.announce()
-        return direct
+        return DirectPack(self._store, requests, self._patch_vox, drop_empty=config.drop_empty)
 
     def _read_into(
-        self, plan: Future[DirectPack | None], number: int, serving: Serving
+        self, direct: DirectPack | None, number: int, serving: Serving
     ) -> list[StudyView]:
         """Read a study into its place in the pack, or return it to be packed."""
-        direct = plan.result()
         if direct is None:
             return self._read(serving)
         self._refuse_known(serving, serving.contrasts)
@@ -162,11 +162,10 @@ class PackReader:
         self,
         step: int,
         pack: Sequence[Serving],
-        plan: Future[DirectPack | None],
+        direct: DirectPack | None,
         reads: Sequence[Future[list[StudyView]]],
         others: Sequence[Place],
     ) -> ReadPack:
-        direct = plan.result()
         views, left_out, damages, numbers = [], [], [], []
         for number, (serving, read) in enumerate(zip(pack, reads, strict=True)):
             try:

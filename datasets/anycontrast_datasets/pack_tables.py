@@ -3,7 +3,7 @@
 In: per study its record, grid and kept patches. Out: the batch: which volume, place and study every
 token belongs to. No voxel is looked at here.
 
-Letters: N kept patches of a volume, P voxels per patch; otherwise those of `batch.py`.
+Letters: N kept patches of a volume; otherwise those of `batch.py`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,13 @@ class StudyTokens:
     """Voxel of the (flipped) stored box at grid index 0."""
     volumes: tuple[VolumeRecord, ...]
     kept: tuple[npt.NDArray[np.int64], ...]
-    """Per volume [N]: flat C-order indices into the patch grid, ascending."""
+    """Per volume [N]: flat C-order indices into the patch grid as seen, ascending."""
+    starts: tuple[int, ...]
+    """Per volume, its first voxel in `PackedBatch.codes_B`."""
+    shape: Vox3
+    """Voxels of each volume there."""
+    flips: tuple[int, ...] = ()
+    """Axes along which the volumes are seen mirrored."""
     draw: int = 0
     label: Tensor | None = None
 
@@ -45,7 +51,7 @@ class StudyTokens:
 
 def packed_batch(
     parts: Sequence[StudyTokens],
-    codes_TP: npt.NDArray[np.int16],
+    codes_B: npt.NDArray[np.int16],
     patch_vox: Vox3,
     *,
     labels: bool,
@@ -54,17 +60,21 @@ def packed_batch(
 
     Args:
         parts: In the order of the pack.
-        codes_TP: [T, P] int16, the kept patches of all volumes of all studies.
+        codes_B: [B] int16, the voxels of all volumes of all studies.
         patch_vox: Voxels of a patch along i, j, k.
         labels: Whether to hand on labels, None for a study without one.
     """
     lengths = tuple(part.num_tokens for part in parts)
-    assert sum(lengths) == len(codes_TP), (lengths, codes_TP.shape)
     volumes = [volume for part in parts for volume in part.volumes]
     volume_lengths = tuple(len(kept_N) for part in parts for kept_N in part.kept)
     grid_T3 = _grid_index(parts)
     return PackedBatch(
-        codes_TP=torch.from_numpy(codes_TP),
+        codes_B=torch.from_numpy(codes_B),
+        volume_start_V=torch.tensor([start for part in parts for start in part.starts]),
+        volume_shape_V3=torch.tensor([part.shape for part in parts for _ in part.volumes]),
+        flip_V3=torch.tensor(
+            [[axis in part.flips for axis in range(3)] for part in parts for _ in part.volumes]
+        ),
         volume_T=_repeat(volume_lengths),
         position_mm_T3=torch.from_numpy(_position_mm(parts, grid_T3, patch_vox)),
         grid_T3=torch.from_numpy(grid_T3),

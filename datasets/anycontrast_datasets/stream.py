@@ -129,6 +129,7 @@ class StudyStream:
         self._served = ServedCount(config.draws_per_study)
         self._pending: deque[_Pending] = deque()
         self._pool: ThreadPoolExecutor | None = None
+        self._announcer: ThreadPoolExecutor | None = None
         self._is_closed = False
         self._start_step = start_step
         self._next_planned: Cursor | None = None
@@ -194,12 +195,16 @@ class StudyStream:
     def _submit(self) -> _Pending:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._config.num_threads, "anycontrast-stream")
+            # A thread of its own: it tells the disk of all steps ahead while the others decode.
+            self._announcer = ThreadPoolExecutor(1, "anycontrast-announce")
         if self._next_planned is None:
             self._go_to(self._planner.start(self._start_step))
         assert self._next_planned is not None
         plan = self._planner.plan(self._next_planned)
         futures = []
+        assert self._announcer is not None
         for number in self._own_packs:
+            self._announcer.submit(self._reader.announce, plan.packs[number])
             others = [p for i, pack in enumerate(plan.packs) if i != number for p in pack]
             futures.append(
                 self._reader.submit(self._pool, plan.cursor.step, plan.packs[number], others)
@@ -263,9 +268,10 @@ class StudyStream:
         """Stop reading ahead and join the threads; safe to call again."""
         self._is_closed = True
         self._pending.clear()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        for pool in (self._announcer, self._pool):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+        self._announcer = self._pool = None
 
     def __enter__(self) -> "StudyStream":
         return self

@@ -5,7 +5,7 @@ when it agrees with this file. Inputs are trusted: the public functions of `atte
 and `patchify` check them.
 
 Letters: T tokens, N / M tokens picked from T, S sequences, H heads, D head dim, P voxels per patch,
-V volumes, L tokens of one sequence.
+V volumes, B voxels of all volumes, L tokens of one sequence.
 """
 
 import math
@@ -106,6 +106,81 @@ def unpatchify(
     a, b, c = patch_vox
     blocks = patches_TP.reshape(x, y, z, a, b, c).permute(0, 3, 1, 4, 2, 5)
     return blocks.reshape(x * a, y * b, z * c)
+
+
+def gather_patches(
+    codes_B: Tensor,
+    volume_start_V: Tensor,
+    volume_shape_V3: Tensor,
+    flip_V3: Tensor,
+    volume_N: Tensor,
+    grid_N3: Tensor,
+    patch_vox: tuple[int, int, int],
+) -> Tensor:
+    """Cut patches out of packed volumes, each seen mirrored along the axes it says.
+
+    Voxel x of a patch at grid index g lies at the seen voxel g * p + x of its volume. Seen voxel s
+    of an axis of n voxels is the stored voxel s, or n - 1 - s where the axis is flipped; a voxel
+    beyond the volume is code 0.
+
+    Args:
+        codes_B: [B], the volumes one after the other, each in C order of (i, j, k).
+        volume_start_V: [V] int64, first voxel of each volume; volumes may share voxels.
+        volume_shape_V3: [V, 3] int64, voxels of each volume along i, j, k.
+        flip_V3: [V, 3] bool, axes along which the volume is seen mirrored.
+        volume_N: [N] int64, volume of each patch.
+        grid_N3: [N, 3] int64, index of each patch in its volume's grid as seen.
+        patch_vox: voxels of a patch along i, j, k.
+
+    Returns:
+        [N, P] in the dtype of `codes_B`, voxels of a patch in C order.
+    """
+    axes = [torch.arange(p, device=codes_B.device) for p in patch_vox]
+    offset_P3 = torch.cartesian_prod(*axes)
+    size_N13 = volume_shape_V3[volume_N].unsqueeze(1)
+    seen_NP3 = (grid_N3 * grid_N3.new_tensor(patch_vox)).unsqueeze(1) + offset_P3
+    inside_NP = ((seen_NP3 >= 0) & (seen_NP3 < size_N13)).all(dim=2)
+    i, j, k = torch.where(flip_V3[volume_N].unsqueeze(1), size_N13 - 1 - seen_NP3, seen_NP3).unbind(
+        dim=2
+    )
+    _, size_j, size_k = size_N13.unbind(dim=2)
+    stored_NP = volume_start_V[volume_N].unsqueeze(1) + (i * size_j + j) * size_k + k
+    codes_NP = codes_B[torch.where(inside_NP, stored_NP, 0)]
+    return torch.where(inside_NP, codes_NP, torch.zeros_like(codes_NP))
+
+
+def gather_zscores(
+    codes_B: Tensor,
+    volume_start_V: Tensor,
+    volume_shape_V3: Tensor,
+    flip_V3: Tensor,
+    intensity_V4: Tensor,
+    volume_N: Tensor,
+    grid_N3: Tensor,
+    patch_vox: tuple[int, int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Cut patches out of packed volumes as z-scores: `gather_patches`, then `intensity_map`.
+
+    Args:
+        codes_B: [B], as for `gather_patches`, like all that is not said here.
+        volume_start_V: [V] int64.
+        volume_shape_V3: [V, 3] int64.
+        flip_V3: [V, 3] bool.
+        intensity_V4: [V, 4] float32, (gain, bias, low, high).
+        volume_N: [N] int64.
+        grid_N3: [N, 3] int64.
+        patch_vox: voxels of a patch along i, j, k.
+        dtype: of the result; computed in float32.
+
+    Returns:
+        [N, P].
+    """
+    codes_NP = gather_patches(
+        codes_B, volume_start_V, volume_shape_V3, flip_V3, volume_N, grid_N3, patch_vox
+    )
+    return intensity_map(codes_NP, volume_N, intensity_V4).to(dtype)
 
 
 def patch_moments(target_NP: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -88,14 +89,16 @@ def _noise(lengths: Sequence[int], patch_vox: tuple[int, int, int]) -> PackedBat
     """Make a pack of studies of one volume each, in a row of patches."""
     num_tokens, num_studies = sum(lengths), len(lengths)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(
-        1, 4096, (num_tokens, math.prod(patch_vox)), dtype=torch.int16, generator=generator
-    )
+    num_voxels = num_tokens * math.prod(patch_vox)
+    starts = [first * math.prod(patch_vox) for first in (0, *accumulate(lengths))]
     study_T = torch.repeat_interleave(torch.arange(num_studies), torch.tensor(lengths))
     grid = torch.zeros(num_tokens, 3, dtype=torch.int64)
     grid[:, 0] = torch.cat([torch.arange(n) for n in lengths])
     return PackedBatch(
-        codes_TP=codes,
+        codes_B=torch.randint(1, 4096, (num_voxels,), dtype=torch.int16, generator=generator),
+        volume_start_V=torch.tensor(starts[:-1]),
+        volume_shape_V3=torch.tensor([(n * patch_vox[0], *patch_vox[1:]) for n in lengths]),
+        flip_V3=torch.zeros(num_studies, 3, dtype=torch.bool),
         volume_T=study_T,
         position_mm_T3=grid.float() * patch_vox[0],
         grid_T3=grid,

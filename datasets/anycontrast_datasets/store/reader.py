@@ -3,7 +3,7 @@
 Whoever streams studies knows only this protocol; the layout on disk is the store's own affair.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -84,17 +84,8 @@ class StudyStore(Protocol):
 
 
 @runtime_checkable
-class SlabStore(Protocol):
-    """A store that can hand out a study's voxels while they are in the processor's cache."""
-
-    def slabs(
-        self, index: int, contrasts: Sequence[str], planes: int
-    ) -> Iterator[tuple[str, int, Codes]]:
-        """Yield `(contrast, first plane, [<= planes, Y, Z] int16)`, volume by volume.
-
-        Volumes come in stored order, their slabs along i from the first plane on. All may lie in
-        the same memory: use one before asking for the next.
-        """
+class Announcer(Protocol):
+    """A store that can be told what will be read."""
 
     def announce(self, index: int) -> None:
         """Say that a study will be read soon, so that a disk may begin; returns at once."""

@@ -1,14 +1,12 @@
-"""Decode a volume slab by slab, each while the one before is still in the processor's cache.
+"""Decode some planes of a volume without the others.
 
-A blosc frame is a header, the offsets of its blocks, and the blocks, each compressed by itself (256
-KiB of voxels as we write them). Some of the blocks behind a header and offsets of their own are a
-frame again, so that a volume of 10 MB need not pass through memory to be looked at once: a slab of
-16 planes is decoded into 1 MB that is used over and over. Frames that are laid out otherwise are
+A blosc frame is a header, the offsets of its blocks, and the blocks, each compressed by itself (1
+MiB of voxels as we write them). Some of the blocks behind a header and offsets of their own are a
+frame again, so that a crop costs the blocks it lies in. Frames that are laid out otherwise are
 decoded whole.
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,48 +64,14 @@ class _Frame:
         return num_bytes
 
 
-def decode_slabs(
-    payload: memoryview, shape: tuple[int, int, int], planes: int
-) -> Iterator[npt.NDArray[np.int16]]:
-    """Yield a volume as slabs along i, all in the same memory of this thread.
-
-    Args:
-        payload: One whole frame of int16, whose checksum has been compared. What has been decoded
-            of it is overwritten if it may be written to.
-        shape: Voxels of the volume.
-        planes: Voxels of a slab along i; the last slab may have fewer.
-
-    Raises:
-        ValueError: If the frame is not of this volume, or blosc refuses it.
-    """
-    slab_bytes = planes * shape[1] * shape[2] * 2
-    frame = _take_apart(payload, shape)
-    if frame is None or slab_bytes >= frame.num_bytes:
-        codes_XYZ = scratch_array(shape)
-        decode_into(payload, codes_XYZ)
-        for start in range(0, shape[0], planes):
-            yield codes_XYZ[start : start + planes]
-        return
-    buffer = scratch_array(((slab_bytes + 2 * frame.block_bytes) // 2,)).view(np.uint8)
-    held, block, left = 0, 0, frame.num_bytes
-    while left > 0:
-        wanted = min(slab_bytes, left)
-        if held < wanted:
-            stop = frame.stop_of(block, wanted - held)
-            held += frame.decode(block, stop, buffer[held:])
-            block = stop
-        yield buffer[:wanted].view(np.int16).reshape(-1, shape[1], shape[2])
-        buffer[: held - wanted] = buffer[wanted:held].copy()
-        held, left = held - wanted, left - wanted
-
-
 def decode_planes(
     payload: memoryview, shape: tuple[int, int, int], first: int, stop: int
 ) -> npt.NDArray[np.int16]:
     """Return planes `first` .. `stop` along i, decoding little more than these.
 
     Args:
-        payload: As for `decode_slabs`, and overwritten likewise.
+        payload: One whole frame of int16, whose checksum has been compared. What has been decoded
+            of it is overwritten if it may be written to.
         shape: Voxels of the volume.
         first: First plane.
         stop: Past the last plane.

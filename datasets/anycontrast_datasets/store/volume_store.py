@@ -11,7 +11,7 @@ Threads share one store; a fork or a pickle of it needs no care.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from anycontrast_datasets.store.cache import CacheConfig, CachedSource
 from anycontrast_datasets.store.codec import checksum, decode_into
 from anycontrast_datasets.store.index_check import check_index, check_shards, study_spans
 from anycontrast_datasets.store.partial import clip_box, gather_patches, wanted_contrasts, with_only
-from anycontrast_datasets.store.slabs import decode_planes, decode_slabs
-from anycontrast_datasets.store.slots import slot_array
+from anycontrast_datasets.store.slabs import decode_planes
+from anycontrast_datasets.store.slots import scratch_array, slot_array
 from anycontrast_datasets.store.study_records import StudyRecords
 from anycontrast_datasets.store.verify import verify_shards
 from anycontrast_datasets.store.volume_index import (
@@ -177,32 +177,19 @@ class VolumeStore:
             ShardError: As `read`.
             ValueError: If an index lies outside the patch grid.
         """
-        whole = self.records[index].shape[0]
-        return {
-            name: gather_patches(codes_XYZ, patch_vox, patches[name])
-            for name, _, codes_XYZ in self.slabs(index, tuple(patches), whole)
-        }
-
-    def slabs(
-        self, index: int, contrasts: Sequence[str], planes: int
-    ) -> Iterator[tuple[str, int, Codes]]:
-        """Yield `(contrast, first plane, [<= planes, Y, Z] int16)`, see `SlabStore.slabs`.
-
-        Raises:
-            ShardError: As `read`.
-        """
         rows = self._members(index)
-        names = wanted_contrasts(self._record(index, rows), contrasts)
-        for row, block in self._fetch(_chosen(rows, names, label=False), rows):
-            shape = (row.shape[0], row.shape[1], row.shape[2])
-            try:
-                for number, codes_XYZ in enumerate(decode_slabs(block, shape, planes)):
-                    yield row.contrast, number * planes, codes_XYZ
-            except ValueError as error:
-                raise ShardError(f"{_where(row)}: {error}; {AGAIN}") from error
+        record = self._record(index, rows)
+        found = {}
+        for row, block in self._fetch(
+            _chosen(rows, wanted_contrasts(record, tuple(patches)), label=False), rows
+        ):
+            codes_XYZ = scratch_array(record.shape)
+            _decode(row, block, codes_XYZ)
+            found[row.contrast] = gather_patches(codes_XYZ, patch_vox, patches[row.contrast])
+        return found
 
     def announce(self, index: int) -> None:
-        """Say that a study will be read soon; see `SlabStore.announce`."""
+        """Say that a study will be read soon; see `Announcer.announce`."""
         if isinstance(self._source, LocalSource):
             rows = self._members(index)
             stop = rows[-1].offset + rows[-1].bytes

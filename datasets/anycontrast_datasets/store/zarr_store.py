@@ -9,7 +9,7 @@ fewer contrasts than its record. `verify` also makes every `zarr.json` again and
 Threads share one store; it holds no open file and no buffer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,24 +163,6 @@ class ZarrStore:
             self._decode(arrays[name], record, ((0, 0, 0), record.shape), codes, numbers)
             found[name] = gather_patches(codes, patch_vox, index_N)
         return found
-
-    def slabs(
-        self, index: int, contrasts: Sequence[str], planes: int
-    ) -> Iterator[tuple[str, int, npt.NDArray[np.int16]]]:
-        """Yield slabs along i in stored order, see `SlabStore.slabs`.
-
-        Raises:
-            ShardError: As `read`.
-        """
-        record, arrays = self._study(index)
-        for name in wanted_contrasts(record, contrasts):
-            codes = scratch_array(record.shape)
-            self._decode(arrays[name], record, ((0, 0, 0), record.shape), codes)
-            for start in range(0, record.shape[0], planes):
-                yield name, start, codes[start : start + planes]
-
-    def announce(self, index: int) -> None:
-        """Do nothing: chunks are read one by one, and the kernel reads ahead in a shard."""
 
     def verify(self) -> list[str]:
         """Hash every file and compare it with what was written; one line per problem."""

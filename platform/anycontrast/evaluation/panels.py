@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from anycontrast.models.patches import patch_codes, patch_zscores
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_kernels.patchify import intensity_map, unpatchify
+from anycontrast_kernels.patchify import unpatchify
 
 if TYPE_CHECKING:
     from anycontrast.models.masking import MaskedPack
@@ -89,11 +90,11 @@ def _panel_planes(
     """Input, masked input and reconstruction of every volume, cut to one axial plane."""
     batch = pack.batch.to("cpu")
     hidden_T = pack.hidden_T.cpu()
-    x_TP = intensity_map(batch.codes_TP, batch.volume_T, batch.intensity_V4)
+    x_TP = patch_zscores(batch)
     masked_TP = x_TP.masked_fill(hidden_T[:, None], float("nan"))
     predicted_TP = masked_TP.clone()
     predicted_TP[pack.target_index_M.cpu()] = reconstruction_MP.detach().float().cpu()
-    occupied_TP = (batch.codes_TP != 0).float()
+    occupied_TP = (patch_codes(batch) != 0).float()
     offsets = batch.volume_offsets
     volumes = [v for v, owner in enumerate(batch.study_V.tolist()) if owner == study]
     # A patch without a token is all code 0; this is what code 0 is mapped to.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anycontrast.models.amae import AMAEConfig
 from anycontrast.models.encoder import Encoder, Visible
+from anycontrast.models.patches import patch_codes
 from anycontrast.models.segmenter import Segmenter, SegmenterConfig, TransferReport, take_tensors
 from anycontrast.models.unetr import (
     UNETRDecoder,
@@ -76,11 +77,11 @@ class AdaptiveUNETR(Segmenter):
 
 def occupied_tokens(batch: PackedBatch) -> Visible:
     """Which tokens hold any foreground: what pretraining would have packed."""
-    has_any_T = (batch.codes_TP != 0).any(dim=1)
+    has_any_T = (patch_codes(batch) != 0).any(dim=1)
     counts = [int(part.sum()) for part in torch.split(has_any_T.cpu(), list(batch.lengths))]
     cu_seqlens = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
     index_N = has_any_T.nonzero().squeeze(1)
-    return index_N, tuple(counts), cu_seqlens.to(batch.codes_TP.device)
+    return index_N, tuple(counts), cu_seqlens.to(batch.codes_B.device)
 
 
 def _pooled_map(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from anycontrast.models.decoder import DecoderConfig, build_decoder
 from anycontrast.models.encoder import Encoder, EncoderConfig
 from anycontrast.models.masking import MaskedPack
+from anycontrast.models.patches import patch_zscores
 from anycontrast_kernels.patch_loss import denormalize_patches, normalize_patches, patch_mse
-from anycontrast_kernels.patchify import intensity_map
 
 
 class Preset(NamedTuple):
@@ -202,9 +202,4 @@ class AMAE(nn.Module):
 
 def target_voxels(pack: MaskedPack) -> Tensor:
     """Voxels of the targets as z-scores: [M, P] float32."""
-    index_M = pack.target_index_M
-    return intensity_map(
-        pack.batch.codes_TP.index_select(0, index_M),
-        pack.batch.volume_T.index_select(0, index_M),
-        pack.batch.intensity_V4,
-    )
+    return patch_zscores(pack.batch, pack.target_index_M)

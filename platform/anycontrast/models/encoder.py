@@ -1,7 +1,7 @@
 """Encoder: stored patches of any contrasts to tokens that know their whole study.
 
 Tokenize -> add position -> blocks over all contrasts of a study jointly -> norm. Only the tokens
-named in `visible` are gathered, mapped and projected; the rest cost nothing.
+named in `visible` are cut out, mapped and projected; the rest cost nothing.
 
 Letters: T tokens, N visible ones, P voxels per patch, D width, V volumes, S studies.
 """
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anycontrast.models.blocks import LAYER_NORM_EPS, Block, Runs, init_blocks, run_block
+from anycontrast.models.patches import patch_zscores
 from anycontrast.models.positions import sincos_position
 from anycontrast.models.tokenizer import DynamicTokenizer
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import NUM_CONTRAST_IDS
-from anycontrast_kernels.patchify import intensity_map
 
 MIN_HEAD_DIM = 64
 MAX_HEAD_DIM = 128
@@ -133,16 +133,14 @@ class Encoder(nn.Module):
         return self.norm(tokens_ND), [tapped[number] for number in taps]
 
     def embed(self, batch: PackedBatch, visible: Visible | None = None) -> tuple[Tensor, Runs]:
-        """Gather the visible patches, then map, project and place them: [N, D] and their runs."""
-        codes_NP, volume_N, position_N3 = batch.codes_TP, batch.volume_T, batch.position_mm_T3
+        """Cut out the visible patches, project and place them: [N, D] and their runs."""
+        volume_N, position_N3, index_N = batch.volume_T, batch.position_mm_T3, None
         runs = Runs(batch.cu_seqlens, batch.lengths)
         if visible is not None:
             index_N, lengths, cu_seqlens = visible
             runs = Runs(cu_seqlens, lengths)
-            codes_NP, volume_N, position_N3 = (
-                x.index_select(0, index_N) for x in (codes_NP, volume_N, position_N3)
-            )
-        x_NP = intensity_map(codes_NP, volume_N, batch.intensity_V4)
+            volume_N, position_N3 = (x.index_select(0, index_N) for x in (volume_N, position_N3))
+        x_NP = patch_zscores(batch, index_N)
         tokens_ND: Tensor = self.tokenizer(x_NP, volume_N, batch.contrast_V, batch.descriptor_VK)
         position_ND = sincos_position(
             position_N3, self.config.width, patch_mm=self.config.position_patch_mm

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from anycontrast.models.amae import AMAEConfig
 from anycontrast.models.blocks import Runs, run_block
 from anycontrast.models.encoder import Encoder
+from anycontrast.models.patches import patch_zscores
 from anycontrast.models.positions import sincos_position
 from anycontrast.models.segmenter import Segmenter, SegmenterConfig, TransferReport, take_tensors
 from anycontrast.models.tokenizer import DynamicTokenizer
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import DESCRIPTOR_SIZE, contrast_id
 from anycontrast_datasets.study import StudyError
-from anycontrast_kernels.patchify import intensity_map
 
 Stride = tuple[int, int, int]
 
@@ -79,8 +79,7 @@ def dense_volumes(batch: PackedBatch) -> Tensor:
         ValueError: studies differ in grid, or a volume lacks patches (packed with drop_empty=True).
     """
     grid = common_grid(batch)
-    x_TP = intensity_map(batch.codes_TP, batch.volume_T, batch.intensity_V4)
-    x_VGP = x_TP.view(batch.num_volumes, *grid, *batch.patch_vox)
+    x_VGP = patch_zscores(batch).view(batch.num_volumes, *grid, *batch.patch_vox)
     x_VXYZ = x_VGP.permute(0, 1, 4, 2, 5, 3, 6)
     shape = [g * p for g, p in zip(grid, batch.patch_vox, strict=True)]
     return x_VXYZ.reshape(batch.num_volumes, *shape)

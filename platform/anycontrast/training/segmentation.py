@@ -26,7 +26,7 @@ from anycontrast.models.segmenter import (
 )
 from anycontrast.training.task import Micro, Parts, Validation
 from anycontrast_datasets.batch import PackedBatch
-from anycontrast_datasets.store.reader import Codes, StudyStore, Vox3
+from anycontrast_datasets.store.reader import Announcer, Codes, StudyStore, Vox3
 from anycontrast_datasets.study import ManifestError, StudyArrays, StudyRecord
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ class LabelledStore:
     ) -> dict[str, Codes]:
         """See `StudyStore.read_patches`."""
         return self._store.read_patches(self._indices[index], patch_vox, patches)
+
+    def announce(self, index: int) -> None:
+        """See `Announcer.announce`."""
+        if isinstance(self._store, Announcer):
+            self._store.announce(self._indices[index])
 
     def close(self) -> None:
         """See `StudyStore.close`."""
