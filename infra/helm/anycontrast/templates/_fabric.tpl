@@ -1,0 +1,53 @@
+{{/* The fabric: resources, capabilities, pod settings and NCCL environment belong together. */}}
+
+{{/* Device resources of a worker, as YAML. */}}
+{{- define "anycontrast.fabricResources" -}}
+{{- $rdma := .Values.network.rdma -}}
+{{- if and (ne .Values.network.fabric "tcp") $rdma.resourceName -}}
+{{ $rdma.resourceName }}: {{ $rdma.count | int | quote }}
+{{- end -}}
+{{- end -}}
+
+{{/* Annotations of a worker's pod, as YAML. */}}
+{{- define "anycontrast.fabricAnnotations" -}}
+{{- if eq .Values.network.fabric "sriov" -}}
+k8s.v1.cni.cncf.io/networks: {{ .Values.network.sriov.networks | quote }}
+{{- end -}}
+{{- end -}}
+
+{{/* Environment of a worker. NCCL_NET names the transport, so that NCCL stops instead of falling
+back to TCP in silence where the fabric does not work. */}}
+{{- define "anycontrast.fabricEnv" -}}
+{{- $network := .Values.network -}}
+- name: NCCL_SOCKET_IFNAME
+  value: {{ $network.interface | quote }}
+- name: GLOO_SOCKET_IFNAME
+  value: {{ $network.interface | quote }}
+{{- if eq $network.fabric "tcp" }}
+- name: NCCL_NET
+  value: Socket
+- name: NCCL_IB_DISABLE
+  value: "1"
+{{- else }}
+- name: NCCL_NET
+  value: IB
+- name: NCCL_IB_DISABLE
+  value: "0"
+{{- with $network.rdma.hca }}
+- name: NCCL_IB_HCA
+  value: {{ . | quote }}
+{{- end }}
+{{- if ge ($network.rdma.gidIndex | int) 0 }}
+- name: NCCL_IB_GID_INDEX
+  value: {{ $network.rdma.gidIndex | int | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Capabilities of Ray's container on a worker: locking memory, which RDMA needs. */}}
+{{- define "anycontrast.fabricCapabilities" -}}
+{{- if ne .Values.network.fabric "tcp" -}}
+add: [IPC_LOCK]
+{{ end -}}
+drop: [ALL]
+{{- end -}}
