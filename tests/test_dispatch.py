@@ -1,15 +1,20 @@
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from anycontrast_kernels import attention, dispatch
-from anycontrast_kernels.dispatch import Candidate, Situation, choose, probe_error
+from anycontrast_kernels import backends_loop, dispatch
+from anycontrast_kernels.attention import varlen_attention
+from anycontrast_kernels.backends import BACKENDS
+from anycontrast_kernels.dispatch import Backend, Situation, choose, probe_error
+from anycontrast_kernels.sequences import sequences
 
-CPU = Situation(torch.device("cpu"), torch.float32, 16)
+CPU = Situation(torch.device("cpu"), torch.float32, 64)
+LOOP = next(backend for backend in BACKENDS if backend.name == "loop")
 
 
 @pytest.fixture(autouse=True)
@@ -19,131 +24,174 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def candidate(
+def backend(
     name: str,
-    run: Callable[..., Tensor] = attention.loop_attention,
+    forward: Callable[..., Any] = backends_loop.forward,
+    backward: Callable[..., Any] = backends_loop.backward,
     *,
     refusal: str | None = None,
     native: bool = True,
-) -> Candidate:
-    return Candidate(name, run, lambda situation: refusal, lambda situation: native)
+) -> Backend:
+    return Backend(name, forward, backward, lambda situation: refusal, lambda situation: native)
 
 
-def wrong_forward(*args: Any, **kwargs: Any) -> Tensor:
-    return attention.loop_attention(*args, **kwargs) + 0.1
+def wrong_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = backends_loop.forward(*args)
+    return out + 0.1, lse
 
 
-def wrong_gradient(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return attention.loop_attention(q.detach() + 0.0 * q, k, v, *args, **kwargs)
+def wrong_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = backends_loop.backward(*args)
+    return dq, 1.1 * dk, dv
 
 
-def nan_forward(*args: Any, **kwargs: Any) -> Tensor:
-    return attention.loop_attention(*args, **kwargs) * float("nan")
+def nan_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = backends_loop.forward(*args)
+    return out * float("nan"), lse
 
 
-def missing_kernel(*args: Any, **kwargs: Any) -> Tensor:
+def garbage_in_the_padding(*args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = backends_loop.forward(*args)
+    out[-1] = 1.0
+    return out, lse
+
+
+def scale_ignored(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return backends_loop.forward(1.25 * q, *args)
+
+
+def missing_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     raise RuntimeError("no kernel image is available\nfor this device")
 
 
 def test_cpu_runs_the_loop_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "anycontrast_kernels")
     for _ in range(3):
-        assert choose(attention.CANDIDATES, CPU).name == "loop"
-    assert [r.levelname for r in caplog.records] == ["INFO"]
-    assert "'loop'" in caplog.text
+        assert choose(BACKENDS, CPU).name == "loop"
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert "'loop'" in record.getMessage()
+    assert f"torch {torch.__version__}" in record.getMessage()
 
 
 def test_each_situation_is_decided_for_itself() -> None:
-    choose(attention.CANDIDATES, CPU)
-    choose(attention.CANDIDATES, Situation(torch.device("cpu"), torch.bfloat16, 16))
-    choose(attention.CANDIDATES, Situation(torch.device("cpu"), torch.float32, 64))
+    choose(BACKENDS, CPU)
+    choose(BACKENDS, replace(CPU, dtype=torch.bfloat16))
+    choose(BACKENDS, replace(CPU, head_dim=128))
     assert len(dispatch._chosen) == 3
 
 
-def test_the_loop_passes_the_probe() -> None:
-    assert probe_error(attention.loop_attention, CPU) < 1e-5
+def test_a_narrow_head_is_a_warning_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "anycontrast_kernels")
+    for _ in range(3):
+        assert choose(BACKENDS, replace(CPU, head_dim=32)).name == "loop"
+    (record,) = caplog.records
+    assert "head dim 32 runs at a fraction" in record.getMessage()
 
 
-def test_the_probe_leaves_random_numbers_and_grad_mode_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_loop_passes_the_probe(dtype: torch.dtype) -> None:
+    error = probe_error(LOOP, replace(CPU, dtype=dtype))
+    assert error < {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
+
+
+def test_deciding_leaves_random_numbers_and_grad_mode_alone() -> None:
     state = torch.get_rng_state()
     with torch.no_grad():
-        probe_error(attention.loop_attention, CPU)
+        choose(BACKENDS, CPU)
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_probe_runs_inside_inference_mode() -> None:
-    with torch.inference_mode():
-        assert probe_error(attention.loop_attention, CPU) < 1e-5
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_first_call_may_come_in_any_mode(mode: Callable[[], Any]) -> None:
+    x = torch.randn(5, 2, 64)
+    with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        varlen_attention(x, x, x, sequences((2, 3)))
+    assert len(dispatch._chosen) == 1
+
+
+def test_the_first_call_may_come_inside_an_activation_checkpoint() -> None:
+    x = torch.randn(5, 2, 64, requires_grad=True)
+    runs = sequences((2, 3))
+    out = torch.utils.checkpoint.checkpoint(varlen_attention, x, x, x, runs, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert gradient.any()
 
 
 @pytest.mark.parametrize(
-    ("broken", "reason"),
+    ("forward", "backward", "reason"),
     [
-        (wrong_forward, "off by"),
-        (wrong_gradient, "off by"),
-        (nan_forward, "off by nan"),
-        (missing_kernel, "RuntimeError: no kernel image is available"),
+        (wrong_forward, backends_loop.backward, "is off by"),
+        (backends_loop.forward, wrong_gradient, "is off by"),
+        (nan_forward, backends_loop.backward, "is off by nan"),
+        (garbage_in_the_padding, backends_loop.backward, "is off by"),
+        (scale_ignored, backends_loop.backward, "is off by"),
+        (
+            missing_kernel,
+            backends_loop.backward,
+            "failed with RuntimeError: no kernel image is available",
+        ),
     ],
 )
-def test_a_candidate_that_fails_the_probe_is_passed_over_with_a_warning(
-    broken: Callable[..., Tensor], reason: str, caplog: pytest.LogCaptureFixture
+def test_a_back_end_that_fails_the_probe_is_passed_over_with_a_warning(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    pool = [candidate("fast", broken), candidate("loop", native=False)]
+    pool = (backend("fast", forward, backward), backend("loop", native=False))
     assert choose(pool, CPU).name == "loop"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "slower" in record.getMessage()
-    assert f"fast: the probe {'failed with' if 'Error' in reason else 'is'}" in record.getMessage()
-    assert reason in record.getMessage()
+    assert "which is slower" in record.getMessage()
+    assert f"passed over: fast: the probe {reason}" in record.getMessage()
+    assert "for this device" not in record.getMessage()
 
 
-def test_the_first_usable_candidate_wins() -> None:
-    pool = [candidate("a", refusal="too old"), candidate("b"), candidate("c")]
+def test_a_failed_probe_is_a_warning_even_if_the_next_is_good(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "anycontrast_kernels")
+    choose((backend("a", missing_kernel), backend("b")), CPU)
+    choose((backend("a", refusal="not installed"), backend("b")), CPU)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "passed over: a: not installed" in caplog.records[1].getMessage()
+
+
+def test_the_first_usable_back_end_wins() -> None:
+    pool = (backend("a", refusal="too old"), backend("b"), backend("c"))
     assert choose(pool, CPU).name == "b"
 
 
-def test_no_usable_candidate_is_an_error() -> None:
+def test_no_usable_back_end_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="too old"):
-        choose([candidate("a", refusal="too old")], CPU)
+        choose((backend("a", refusal="too old"),), CPU)
 
 
-def test_environment_orders_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = [candidate("a"), candidate("b")]
+def test_environment_orders_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = (backend("a"), backend("b"))
     assert choose(pool, CPU).name == "a"
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "b")
     assert choose(pool, CPU).name == "b"
     assert choose(pool, CPU, backend="a").name == "a"
 
 
-def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(ValueError, match=r"ANYCONTRAST_ATTN must be one of .*'loop'.*'fastest'"):
-        choose(attention.CANDIDATES, CPU)
+        choose(BACKENDS, CPU)
 
 
-def test_an_order_that_cannot_be_carried_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "torch")
-    with pytest.raises(ValueError, match=r"cannot run here \(torch: needs a CUDA device"):
-        choose(attention.CANDIDATES, CPU)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "reason"),
-    [
-        (torch.float32, 64, "needs float16 or bfloat16"),
-        (torch.bfloat16, 60, "multiple of 8"),
-        (torch.bfloat16, 264, "multiple of 8 up to 256"),
-        (torch.bfloat16, 64, None),
-    ],
-)
-def test_what_the_flash_kernels_need(dtype: torch.dtype, head_dim: int, reason: str | None) -> None:
-    torch_candidate = attention.CANDIDATES[0]
-    found = torch_candidate.refusal(Situation(torch.device("cuda"), dtype, head_dim))
-    assert (found is None) if reason is None else (found is not None and reason in found)
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.name != "loop"])
+def test_an_order_that_cannot_be_carried_out_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, name)
+    with pytest.raises(ValueError, match=rf"cannot run here \({name}: needs a CUDA device"):
+        choose(BACKENDS, CPU)
 
 
 def test_the_loop_on_cuda_counts_as_slower() -> None:
-    loop = attention.CANDIDATES[1]
-    assert not loop.is_native(Situation(torch.device("cuda"), torch.float32, 64))
-    assert loop.is_native(CPU)
+    assert not LOOP.is_native(Situation(torch.device("cuda"), torch.float32, 64))
+    assert LOOP.is_native(CPU)

@@ -1,184 +1,184 @@
 """Attention over packed sequences: every token attends to its own sequence, nothing is padded.
 
-One call, several implementations (`dispatch` chooses once):
+One call, `varlen_attention`, over one custom operator, so that `torch.compile` sees an opaque node
+with static shapes. Which back end computes it is decided where it runs (`dispatch.choose`).
 
-- `torch`: the flash kernels inside torch, on CUDA in half precision;
-- `loop`: one `scaled_dot_product_attention` per sequence, everywhere. On CPU it is the fastest
-  known way; on CUDA it launches one kernel per sequence.
-
-Letters: Tq / Tk tokens, S sequences, H heads, D head dim.
+Letters: Tq / Tk tokens, C sequences, K tiles, H heads, D head dim.
 """
 
-from collections.abc import Sequence
-from importlib.util import find_spec
-from itertools import accumulate
+import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from anycontrast_kernels.dispatch import Candidate, Situation, choose
+from anycontrast_kernels.backends import BACKENDS
+from anycontrast_kernels.dispatch import Backend, Situation, choose
+from anycontrast_kernels.sequences import Sequences, check_extent
 
-FLASH_MAX_HEAD_DIM = 256
-LENGTH_STEP = 512
-LENGTH_STEPS_UP_TO = 4096
+MIN_HEAD_DIM = 32
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def varlen_attention(
     q_THD: Tensor,
     k_THD: Tensor,
     v_THD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    sequences_q: Sequences,
+    sequences_k: Sequences | None = None,
     *,
-    lengths_q: Sequence[int],
-    lengths_k: Sequence[int],
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend non-causally within each sequence of a pack.
+    """Attend non-causally within each sequence of a pack; differentiable once.
 
-    A query of a sequence without keys gets 0; a sequence without queries yields nothing.
+    A query of a sequence without keys gets 0, and so does a token after the last offset; the
+    gradients there are 0 too.
 
     Args:
-        q_THD: [Tq, H, D] floating, sequences one after the other.
+        q_THD: [Tq, H, D] float16, bfloat16, float32 or (CPU) float64, last dim contiguous.
         k_THD: [Tk, H, D], same dtype and device.
         v_THD: [Tk, H, D], same dtype and device.
-        cu_seqlens_q: [S + 1] int32 on the same device, sequence s owns
-            q[cu_seqlens_q[s]:cu_seqlens_q[s + 1]].
-        cu_seqlens_k: [S + 1] int32, the same for keys.
-        lengths_q: queries per sequence on the host, so that nothing waits for the device.
-        lengths_k: keys per sequence on the host.
+        sequences_q: the sequences of `q_THD`, on the same device.
+        sequences_k: the sequences of `k_THD`, as many; default those of `q_THD`.
         scale: factor of the scores, default 1 / sqrt(D).
-        backend: `loop` or `torch`; default by `dispatch.choose`.
+        backend: name of a back end (`backends.BACKENDS`); default by `dispatch.choose`.
 
     Returns:
-        [Tq, H, D] in the dtype of `q_THD`.
+        [Tq, H, D] in the dtype of `q_THD`, contiguous.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape, length or device contradicts the others, or `backend` cannot run.
+        ValueError: a shape, stride, head dim, device or offset breaks its rule, or `backend`
+            cannot run here.
     """
+    sequences_k = sequences_q if sequences_k is None else sequences_k
     _check_tensors(q_THD, k_THD, v_THD)
-    _check_sequences("q", q_THD, cu_seqlens_q, lengths_q)
-    _check_sequences("k", k_THD, cu_seqlens_k, lengths_k)
-    if len(lengths_q) != len(lengths_k):
+    _check_sequences("sequences_q", sequences_q, q_THD)
+    _check_sequences("sequences_k", sequences_k, q_THD)
+    if sequences_q.cu_seqlens.shape != sequences_k.cu_seqlens.shape:
         raise ValueError(
-            "varlen_attention: lengths_q and lengths_k must name the same sequences, got "
-            f"{len(lengths_q)} and {len(lengths_k)}"
+            "varlen_attention: sequences_q and sequences_k must have the same capacity, got "
+            f"{len(sequences_q.cu_seqlens) - 1} and {len(sequences_k.cu_seqlens) - 1}"
         )
-    situation = Situation(q_THD.device, q_THD.dtype, int(q_THD.shape[-1]))
-    run = choose(CANDIDATES, situation, backend=backend).run
-    return run(
+    out_THD: Tensor
+    out_THD, _ = _attention(
         q_THD,
         k_THD,
         v_THD,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        lengths_q=lengths_q,
-        lengths_k=lengths_k,
-        scale=scale,
+        *sequences_q,
+        *sequences_k,
+        1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale),
+        backend,
     )
+    return out_THD
 
 
-def loop_attention(
-    q_THD: Tensor,
-    k_THD: Tensor,
-    v_THD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    lengths_q: Sequence[int],
-    lengths_k: Sequence[int],
-    scale: float | None,
-) -> Tensor:
-    """One call of `scaled_dot_product_attention` per sequence; arguments as `varlen_attention`."""
-    outputs = []
-    for q_LHD, k_LHD, v_LHD in zip(
-        torch.split(q_THD, list(lengths_q)),
-        torch.split(k_THD, list(lengths_k)),
-        torch.split(v_THD, list(lengths_k)),
-        strict=True,
-    ):
-        if q_LHD.shape[0] == 0:
-            continue
-        if k_LHD.shape[0] == 0:
-            outputs.append(torch.zeros_like(q_LHD))
-            continue
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHD, k_LHD, v_LHD))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        outputs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q_THD)
+@torch.library.custom_op("anycontrast::varlen_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    tiles_64_q: Tensor,
+    tiles_128_q: Tensor,
+    max_q: int,
+    cu_k: Tensor,
+    tiles_64_k: Tensor,
+    tiles_128_k: Tensor,
+    max_k: int,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output [Tq, H, D] and, for the backward pass, the log-sum-exp [H, Tq]."""
+    sequences_q = Sequences(cu_q, tiles_64_q, tiles_128_q, max_q)
+    sequences_k = Sequences(cu_k, tiles_64_k, tiles_128_k, max_k)
+    check_extent("varlen_attention: sequences_q", sequences_q, q.shape[0])
+    check_extent("varlen_attention: sequences_k", sequences_k, k.shape[0])
+    chosen = _chosen(q, backend)
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        out, lse = _empty_outputs(q)
+        return out.zero_(), lse.zero_()
+    return chosen.forward(q, k, v, sequences_q, sequences_k, scale)
 
 
-def torch_attention(
-    q_THD: Tensor,
-    k_THD: Tensor,
-    v_THD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    lengths_q: Sequence[int],
-    lengths_k: Sequence[int],
-    scale: float | None,
-) -> Tensor:
-    """The flash kernels inside torch; arguments as `varlen_attention`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if q_THD.shape[0] == 0 or k_THD.shape[0] == 0:
-        return torch.zeros_like(q_THD)
-    out = varlen_attn(
-        q_THD,
-        k_THD,
-        v_THD,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        rounded_length(max(lengths_q)),
-        rounded_length(max(lengths_k)),
-        scale=scale,
-    )
-    assert isinstance(out, Tensor)
-    return out
+@_attention.register_fake
+def _(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(q)
 
 
-def rounded_length(length: int) -> int:
-    """Round a longest length up to one of few values, so that compiled code is reused.
+@torch.library.custom_op("anycontrast::varlen_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    tiles_64_q: Tensor,
+    tiles_128_q: Tensor,
+    max_q: int,
+    cu_k: Tensor,
+    tiles_64_k: Tensor,
+    tiles_128_k: Tensor,
+    max_k: int,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; contiguous."""
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    sequences_q = Sequences(cu_q, tiles_64_q, tiles_128_q, max_q)
+    sequences_k = Sequences(cu_k, tiles_64_k, tiles_128_k, max_k)
+    run = _chosen(q, backend).backward
+    return run(grad.contiguous(), q, k, v, out, lse, sequences_q, sequences_k, scale)
 
-    Steps of 512 up to 4096, then powers of two; the kernels skip the blocks beyond the true end.
-    """
-    if length <= LENGTH_STEPS_UP_TO:
-        return max(LENGTH_STEP, -(-length // LENGTH_STEP) * LENGTH_STEP)
-    return 1 << (length - 1).bit_length()
+
+@_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _torch_refusal(situation: Situation) -> str | None:
-    if situation.device.type != "cuda":
-        return f"needs a CUDA device, this is {situation.device.type}"
-    if situation.dtype not in (torch.float16, torch.bfloat16):
-        return f"needs float16 or bfloat16, this is {situation.dtype}"
-    if situation.head_dim % 8 or situation.head_dim > FLASH_MAX_HEAD_DIM:
-        return f"needs a head dim that is a multiple of 8 up to 256, this is {situation.head_dim}"
-    if find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    return None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_q, tiles_64_q, tiles_128_q, ctx.max_q, *keys, ctx.scale, ctx.backend = inputs
+    *keys, ctx.max_k = keys
+    ctx.save_for_backward(q, k, v, *output, cu_q, tiles_64_q, tiles_128_q, *keys)
+    ctx.set_materialize_grads(False)
 
 
-CANDIDATES = (
-    Candidate("torch", torch_attention, _torch_refusal, lambda situation: True),
-    Candidate(
-        "loop",
-        loop_attention,
-        lambda situation: None,
-        lambda situation: situation.device.type == "cpu",
-    ),
-)
-"""Implementations in order of preference."""
+def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    q, k, v, out, lse, *offsets = ctx.saved_tensors
+    gradients = _attention_backward(
+        grad, q, k, v, out, lse, *offsets[:3], ctx.max_q, *offsets[3:], ctx.max_k, ctx.scale,
+        ctx.backend,
+    )  # fmt: skip
+    return (*gradients, *(None,) * 10)
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=lse_dtype)
+
+
+def _chosen(q: Tensor, backend: str | None) -> Backend:
+    return choose(BACKENDS, Situation(q.device, q.dtype, int(q.shape[-1])), backend=backend)
 
 
 def _check_tensors(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
     for name, value in (("q_THD", q_THD), ("k_THD", k_THD), ("v_THD", v_THD)):
-        if not value.is_floating_point():
-            raise TypeError(f"varlen_attention: {name} must be floating, got {value.dtype}")
+        if value.dtype not in DTYPES:
+            raise TypeError(
+                f"varlen_attention: {name} must be float16, bfloat16, float32 or float64, "
+                f"got {value.dtype}"
+            )
         if value.dtype != q_THD.dtype:
             raise TypeError(
                 f"varlen_attention: {name} must have the dtype of q_THD, {q_THD.dtype}, "
@@ -194,36 +194,48 @@ def _check_tensors(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
                 f"varlen_attention: {name} must be [tokens, heads, head dim] with heads and head "
                 f"dim of q_THD, {tuple(q_THD.shape)}, got {tuple(value.shape)}"
             )
+        if value.stride(-1) != 1:
+            raise ValueError(
+                f"varlen_attention: the last dim of {name} must be contiguous (stride 1), got "
+                f"strides {value.stride()}; call .contiguous() on it"
+            )
     if k_THD.shape[0] != v_THD.shape[0]:
         raise ValueError(
             "varlen_attention: k_THD and v_THD must have the same tokens, got "
             f"{k_THD.shape[0]} and {v_THD.shape[0]}"
         )
-
-
-def _check_sequences(side: str, x_THD: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]) -> None:
-    if any(length < 0 for length in lengths) or sum(lengths) != x_THD.shape[0]:
+    head_dim = q_THD.shape[-1]
+    if head_dim % 8 or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
-            f"varlen_attention: lengths_{side} must be >= 0 and sum to the {x_THD.shape[0]} tokens "
-            f"of {side}_THD, got {tuple(lengths)} (sum {sum(lengths)})"
+            f"varlen_attention: the head dim of q_THD must be a multiple of 8 from {MIN_HEAD_DIM} "
+            f"to {MAX_HEAD_DIM}, got {head_dim}; 64 and 128 are the fast ones"
         )
-    if cu_seqlens.dtype != torch.int32:
+
+
+def _check_sequences(name: str, sequences: Sequences, q_THD: Tensor) -> None:
+    """Check what is known without reading a value from the device."""
+    if not isinstance(sequences, Sequences):
         raise TypeError(
-            f"varlen_attention: cu_seqlens_{side} must be int32, got {cu_seqlens.dtype}"
+            f"varlen_attention: {name} must be Sequences (see `sequences.sequences`), got "
+            f"{type(sequences).__name__}"
         )
-    if tuple(cu_seqlens.shape) != (len(lengths) + 1,):
+    cu_seqlens, tiles_64, tiles_128, _ = sequences
+    for field, value in (
+        ("cu_seqlens", cu_seqlens),
+        ("tiles_64", tiles_64),
+        ("tiles_128", tiles_128),
+    ):
+        if value.dtype != torch.int32:
+            raise TypeError(f"varlen_attention: {name}.{field} must be int32, got {value.dtype}")
+        if value.device != q_THD.device:
+            raise ValueError(
+                f"varlen_attention: {name}.{field} must lie on the device of q_THD, "
+                f"{q_THD.device}, got {value.device}; move it with {name}.to(...)"
+            )
+        if not value.is_contiguous():
+            raise ValueError(f"varlen_attention: {name}.{field} must be contiguous")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
-            f"varlen_attention: cu_seqlens_{side} must be [{len(lengths) + 1}] for {len(lengths)} "
-            f"sequences, got {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != x_THD.device:
-        raise ValueError(
-            f"varlen_attention: cu_seqlens_{side} must lie on the device of {side}_THD, "
-            f"{x_THD.device}, got {cu_seqlens.device}"
-        )
-    # Only on the host: reading the values on an accelerator would make it wait.
-    if cu_seqlens.device.type == "cpu" and cu_seqlens.tolist() != [0, *accumulate(lengths)]:
-        raise ValueError(
-            f"varlen_attention: cu_seqlens_{side} must be the running sum of lengths_{side}, got "
-            f"{cu_seqlens.tolist()} for {tuple(lengths)}"
+            f"varlen_attention: {name}.cu_seqlens must be [sequences + 1], got "
+            f"{tuple(cu_seqlens.shape)}"
         )

@@ -1,29 +1,39 @@
-"""Which implementation of an operation runs: decided once per situation, logged once.
+"""Which implementation of attention runs: decided once per situation, logged once.
 
-A candidate says why it cannot run, or is probed against the plain definition (forward and every
+A back end says why it cannot run, or is probed against the plain definition (forward and every
 gradient) before it is trusted. The first that passes runs. Ending on a slower path is a warning
 with the reason, never silent. `ANYCONTRAST_ATTN` orders one by name; an order that cannot be
 carried out is an error.
+
+Letters: Tq / Tk tokens, H heads, D head dim.
 """
 
+import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anycontrast_kernels import reference
+from anycontrast_kernels.sequences import Sequences, sequences
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT_VARIABLE = "ANYCONTRAST_ATTN"
+T = TypeVar("T")
 
-PROBE_LENGTHS_Q = (33, 1, 0, 70)
-PROBE_LENGTHS_K = (5, 64, 3, 129)
+ENVIRONMENT_VARIABLE = "ANYCONTRAST_ATTN"
+FAST_HEAD_DIM = 64
+
+PROBE_LENGTHS_Q = (33, 1, 0, 70, 9)
+PROBE_LENGTHS_K = (5, 64, 3, 129, 0)
+PROBE_PADDING = 7
+"""Tokens after the last sequence."""
 PROBE_TOLERANCE = {
     torch.float32: 1e-4,
     torch.float16: 1e-2,
@@ -33,22 +43,38 @@ PROBE_TOLERANCE = {
 """Largest allowed |difference| to the float32 definition, inputs of unit variance."""
 
 
-class AttentionFunction(Protocol):
-    """What every implementation looks like; see `attention.varlen_attention` for the arguments."""
+class Forward(Protocol):
+    """How a back end attends; see `attention.varlen_attention` for the arguments."""
 
     def __call__(
         self,
-        q_THD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        *,
-        lengths_q: Sequence[int],
-        lengths_k: Sequence[int],
-        scale: float | None,
-    ) -> Tensor:
-        """Return [Tq, H, D]."""
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequences_q: Sequences,
+        sequences_k: Sequences,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output [Tq, H, D] and the log-sum-exp [H, Tq] its backward pass needs."""
+        ...
+
+
+class Backward(Protocol):
+    """How a back end differentiates; `grad` is contiguous."""
+
+    def __call__(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        sequences_q: Sequences,
+        sequences_k: Sequences,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v, contiguous and in their dtype."""
         ...
 
 
@@ -69,59 +95,79 @@ class Situation:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One implementation."""
+class Backend:
+    """One implementation. Both functions run below autograd."""
 
     name: str
-    run: AttentionFunction
+    forward: Forward
+    backward: Backward
     refusal: Callable[[Situation], str | None]
     """Why it cannot run in a situation, or None."""
     is_native: Callable[[Situation], bool]
-    """Whether it is the intended path there; choosing it otherwise is a warning."""
+    """Whether it is an intended path there; choosing it otherwise is a warning."""
 
 
-_chosen: dict[tuple[object, ...], Candidate] = {}
+_chosen: dict[tuple[object, ...], Backend] = {}
 
 
 def choose(
-    candidates: Sequence[Candidate], situation: Situation, *, backend: str | None = None
-) -> Candidate:
-    """Return the first usable candidate, or the one ordered by name.
+    backends: Sequence[Backend], situation: Situation, *, backend: str | None = None
+) -> Backend:
+    """Return the first usable back end, or the one ordered by name.
 
     Args:
-        candidates: in order of preference.
+        backends: in order of preference.
         situation: device, dtype and head dim of the call.
-        backend: name of a candidate; default the environment variable `ANYCONTRAST_ATTN`, and
-            without it the first candidate that is usable and passes the probe.
+        backend: name of a back end; default the environment variable `ANYCONTRAST_ATTN`, and
+            without it the first that is usable and passes the probe.
 
     Raises:
-        ValueError: an unknown name, or the named candidate cannot run here.
-        RuntimeError: no candidate can run here.
+        ValueError: an unknown name, or the named back end cannot run here.
+        RuntimeError: no back end can run here.
     """
-    source = "backend" if backend is not None else ENVIRONMENT_VARIABLE
     wanted = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
-    names = tuple(candidate.name for candidate in candidates)
-    key = (
-        situation.device.type,
-        situation.capability,
-        situation.dtype,
-        situation.head_dim,
-        wanted,
-        names,
-    )
-    if key in _chosen:
-        return _chosen[key]
+    key = (situation, wanted, backends)
+    if key not in _chosen:
+        source = "backend" if backend is not None else ENVIRONMENT_VARIABLE
+        # A thread of its own has none of the caller's grad mode, autocast, hooks or operator.
+        _chosen[key] = in_own_thread(lambda: _decide(backends, situation, source, wanted))
+    return _chosen[key]
+
+
+def in_own_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a new thread, where autograd works even inside a custom operator.
+
+    Kernels go to the caller's CUDA stream.
+    """
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+
+    def run() -> T:
+        with torch.cuda.stream(stream):
+            return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def _decide(
+    backends: Sequence[Backend], situation: Situation, source: str, wanted: str | None
+) -> Backend:
+    names = tuple(backend.name for backend in backends)
     if wanted is not None and wanted not in names:
         raise ValueError(f"attention: {source} must be one of {names}, got {wanted!r}")
-    pool = [c for c in candidates if wanted in (None, c.name)]
     refusals: list[str] = []
-    for candidate in pool:
-        reason = candidate.refusal(situation) or _probe_failure(candidate.run, situation)
+    has_failed = False
+    for backend in backends:
+        if wanted not in (None, backend.name):
+            continue
+        reason = backend.refusal(situation)
         if reason is None:
-            _announce(candidate, situation, refusals)
-            _chosen[key] = candidate
-            return candidate
-        refusals.append(f"{candidate.name}: {reason}")
+            reason = _probe_failure(backend, situation)
+            has_failed |= reason is not None
+        if reason is None:
+            _announce(backend, situation, refusals, has_failed)
+            return backend
+        refusals.append(f"{backend.name}: {reason}")
     if wanted is not None:
         raise ValueError(
             f"attention: {source}={wanted!r} cannot run here ({refusals[0]}); "
@@ -130,48 +176,60 @@ def choose(
     raise RuntimeError(f"attention: no implementation can run on {situation}: {refusals}")
 
 
-def probe_error(run: AttentionFunction, situation: Situation) -> float:
-    """Largest difference of output and gradients to the float32 definition on a small case."""
-    # Identity hooks keep an enclosing activation checkpoint from counting what is saved here.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(situation.device.type, enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
-    ):
-        q, k, v, grad = _probe_inputs(situation)
-        cu_q, cu_k = (
-            torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=situation.device)
-            for n in (PROBE_LENGTHS_Q, PROBE_LENGTHS_K)
-        )
-        # q.float() is q itself where q is float32 already, hence the copies.
-        a, b, c = (x.clone().float().requires_grad_() for x in (q, k, v))
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
-        lengths_q, lengths_k = PROBE_LENGTHS_Q, PROBE_LENGTHS_K
-        out = run(q, k, v, cu_q, cu_k, lengths_q=lengths_q, lengths_k=lengths_k, scale=None)
-        oracle = reference.attention(a, b, c, lengths_q=lengths_q, lengths_k=lengths_k)
-        found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-        expected = [oracle, *torch.autograd.grad(oracle, (a, b, c), grad.float())]
-        pairs = zip(found, expected, strict=True)
-        differences = torch.stack([(x.float() - y).abs().max() for x, y in pairs])
-        return float(differences.detach().max())
+def probe_error(backend: Backend, situation: Situation) -> float:
+    """Largest difference of output and gradients to the float32 definition on a small case.
+
+    Uneven lengths, a sequence without queries, one without keys, and padding at the end.
+    """
+    q, k, v, grad = _probe_inputs(situation)
+    sequences_q, sequences_k = (
+        sequences(lengths, situation.device, num_tokens=sum(lengths) + PROBE_PADDING)
+        for lengths in (PROBE_LENGTHS_Q, PROBE_LENGTHS_K)
+    )
+    scale = 1.25 * situation.head_dim**-0.5
+    out, lse = backend.forward(q, k, v, sequences_q, sequences_k, scale)
+    gradients = backend.backward(grad, q, k, v, out, lse, sequences_q, sequences_k, scale)
+    expected = _definition(q, k, v, grad, scale)
+    differences = [
+        (found.float() - right).abs().max()
+        for found, right in zip((out, *gradients), expected, strict=True)
+    ]
+    return float(torch.stack(differences).max())
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> list[Tensor]:
+    """Output and gradients of the plain definition in float32, 0 in the padding."""
+    lengths = [PROBE_LENGTHS_Q, PROBE_LENGTHS_K, PROBE_LENGTHS_K]
+    inputs = [
+        x[: sum(n)].detach().float().clone().requires_grad_()
+        for x, n in zip((q, k, v), lengths, strict=True)
+    ]
+    out = reference.attention(
+        *inputs, lengths_q=PROBE_LENGTHS_Q, lengths_k=PROBE_LENGTHS_K, scale=scale
+    )
+    found = [out, *torch.autograd.grad(out, inputs, grad[: out.shape[0]].float())]
+    return [F.pad(x.detach(), (0, 0, 0, 0, 0, PROBE_PADDING)) for x in found]
 
 
 def _probe_inputs(situation: Situation) -> list[Tensor]:
-    """Query, key, value and output gradient; drawn without touching the global generator."""
+    """Query, key, value and output gradient; drawn without touching the global generator.
+
+    Query, key and value are strided views of one tensor each, as a model hands them over.
+    """
     generator = torch.Generator().manual_seed(0)
-    shape_q = (sum(PROBE_LENGTHS_Q), 2, situation.head_dim)
-    shape_k = (sum(PROBE_LENGTHS_K), 2, situation.head_dim)
-    return [
-        torch.randn(shape, generator=generator).to(situation.device, situation.dtype)
-        for shape in (shape_q, shape_k, shape_k, shape_q)
+    drawn = [
+        torch.randn(sum(n) + PROBE_PADDING, 2, 3, situation.head_dim, generator=generator)
+        for n in (PROBE_LENGTHS_Q, PROBE_LENGTHS_K, PROBE_LENGTHS_K, PROBE_LENGTHS_Q)
     ]
+    q, k, v, grad = (x.to(situation.device, situation.dtype)[:, :, 1] for x in drawn)
+    return [q, k, v, grad.contiguous()]
 
 
-def _probe_failure(run: AttentionFunction, situation: Situation) -> str | None:
+def _probe_failure(backend: Backend, situation: Situation) -> str | None:
+    # Whatever a kernel, its compiler or a foreign package throws is a reason to pass it over.
     try:
-        error = probe_error(run, situation)
-    except (RuntimeError, NotImplementedError, TypeError) as failure:
+        error = probe_error(backend, situation)
+    except Exception as failure:
         first_line = str(failure).partition("\n")[0]
         return f"the probe failed with {type(failure).__name__}: {first_line}"
     tolerance = PROBE_TOLERANCE[situation.dtype]
@@ -181,15 +239,41 @@ def _probe_failure(run: AttentionFunction, situation: Situation) -> str | None:
     return None
 
 
-def _announce(candidate: Candidate, situation: Situation, refusals: Sequence[str]) -> None:
-    place = f"{situation.device.type}, {situation.dtype}, head dim {situation.head_dim}"
-    if candidate.is_native(situation):
-        logger.info("attention runs as %r (%s, torch %s)", candidate.name, place, torch.__version__)
-    else:
+def _announce(
+    backend: Backend, situation: Situation, refusals: Sequence[str], has_failed: bool
+) -> None:
+    """Log the choice; as a warning if it is slow here, or if one that should run failed."""
+    is_slow = not backend.is_native(situation)
+    logger.log(
+        logging.WARNING if is_slow or has_failed else logging.INFO,
+        "attention runs as %r%s (%s, %s, head dim %d; %s); passed over: %s",
+        backend.name,
+        ", which is slower" if is_slow else "",
+        _place(situation.device),
+        situation.dtype,
+        situation.head_dim,
+        _versions(),
+        "; ".join(refusals) or "nothing",
+    )
+    if situation.head_dim < FAST_HEAD_DIM:
         logger.warning(
-            "attention runs as %r (%s, torch %s), which is slower; passed over: %s",
-            candidate.name,
-            place,
-            torch.__version__,
-            "; ".join(refusals) or "nothing, it was ordered by name",
+            "attention with head dim %d runs at a fraction of the speed of %d or 128: use fewer, "
+            "wider heads",
+            situation.head_dim,
+            FAST_HEAD_DIM,
         )
+
+
+def _place(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _versions() -> str:
+    """Versions of what may compute attention, as installed."""
+    found = [f"torch {torch.__version__}"]
+    for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)

@@ -1,33 +1,25 @@
 """Transformer blocks over packed tokens.
 
-Pre-norm residual blocks: x + Attention(LN x), then x + MLP(LN x). A pack is described by `Runs`;
-attention never leaves a run, so a study's result does not depend on what it is packed with.
+Pre-norm residual blocks: x + Attention(LN x), then x + MLP(LN x). A pack is described by
+`Sequences`; attention never leaves one, so a study's result does not depend on what it is packed
+with.
 
 Letters: T tokens, M queries, N memory tokens, D width, H heads, S studies.
 """
-
-from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
 from anycontrast_kernels.attention import varlen_attention
+from anycontrast_kernels.sequences import Sequences
 
 LAYER_NORM_EPS = 1e-5
 """As BM-MAE and PyTorch; 1e-6 (timm) is below what bfloat16 and float16 inputs resolve."""
 
 
-class Runs(NamedTuple):
-    """Studies in a row of tokens: the same lengths on the device and on the host."""
-
-    cu_seqlens: Tensor
-    """[S + 1] int32."""
-    lengths: tuple[int, ...]
-
-
 class SelfAttention(nn.Module):
-    """Multi-head attention within each run."""
+    """Multi-head attention within each sequence."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -35,24 +27,16 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_TD: Tensor, runs: Runs) -> Tensor:
+    def forward(self, x_TD: Tensor, runs: Sequences) -> Tensor:
         """[T, D] -> [T, D]."""
         q, k, v = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        y = varlen_attention(
-            q,
-            k,
-            v,
-            runs.cu_seqlens,
-            runs.cu_seqlens,
-            lengths_q=runs.lengths,
-            lengths_k=runs.lengths,
-        )
+        y = varlen_attention(q, k, v, runs)
         out: Tensor = self.out(y.flatten(1))
         return out
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to the memory of their own run."""
+    """Multi-head attention of queries to the memory of their own sequence."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -61,19 +45,13 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_MD: Tensor, memory_ND: Tensor, runs: Runs, memory_runs: Runs) -> Tensor:
+    def forward(
+        self, x_MD: Tensor, memory_ND: Tensor, runs: Sequences, memory_runs: Sequences
+    ) -> Tensor:
         """[M, D] queries, [N, D] memory -> [M, D]."""
         q = self.q(x_MD).unflatten(-1, (self.num_heads, -1))
         k, v = self.kv(memory_ND).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        y = varlen_attention(
-            q,
-            k,
-            v,
-            runs.cu_seqlens,
-            memory_runs.cu_seqlens,
-            lengths_q=runs.lengths,
-            lengths_k=memory_runs.lengths,
-        )
+        y = varlen_attention(q, k, v, runs, memory_runs)
         out: Tensor = self.out(y.flatten(1))
         return out
 
@@ -95,7 +73,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = MLP(width, hidden_width)
 
-    def forward(self, x_TD: Tensor, runs: Runs) -> Tensor:
+    def forward(self, x_TD: Tensor, runs: Sequences) -> Tensor:
         """[T, D] -> [T, D]."""
         x_TD = x_TD + self.attention(self.norm1(x_TD), runs)
         x_TD = x_TD + self.mlp(self.norm2(x_TD))
@@ -112,7 +90,9 @@ class CrossBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = MLP(width, hidden_width)
 
-    def forward(self, x_MD: Tensor, memory_ND: Tensor, runs: Runs, memory_runs: Runs) -> Tensor:
+    def forward(
+        self, x_MD: Tensor, memory_ND: Tensor, runs: Sequences, memory_runs: Sequences
+    ) -> Tensor:
         """[M, D] queries, [N, D] normed memory -> [M, D]."""
         x_MD = x_MD + self.attention(self.norm1(x_MD), memory_ND, runs, memory_runs)
         x_MD = x_MD + self.mlp(self.norm2(x_MD))

@@ -20,7 +20,6 @@ from anycontrast.models.blocks import (
     LAYER_NORM_EPS,
     Block,
     CrossBlock,
-    Runs,
     init_blocks,
     run_block,
 )
@@ -28,6 +27,7 @@ from anycontrast.models.encoder import check_block_shape
 from anycontrast.models.masking import MaskedPack
 from anycontrast.models.positions import sincos_position
 from anycontrast_datasets.contrast import NUM_CONTRAST_IDS
+from anycontrast_kernels.sequences import sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class JointDecoder(Decoder):
         mask_Td = self.mask_token.to(place_Td.dtype).expand_as(place_Td)
         visible_Nd = self.project(encoded_ND).to(place_Td.dtype)
         x_Td = mask_Td.index_copy(0, pack.visible_index_N, visible_Nd) + place_Td
-        runs = Runs(pack.batch.cu_seqlens, pack.batch.lengths)
+        runs = sequences(pack.batch.lengths, x_Td.device)
         for block in self.blocks:
             x_Td = run_block(block, x_Td, runs, recompute=self.config.recompute)
         prediction_MP: Tensor = self.head(self.norm(x_Td.index_select(0, pack.target_index_M)))
@@ -116,8 +116,8 @@ class CrossDecoder(Decoder):
         visible_Nd = self.project(encoded_ND).to(place_Td.dtype)
         memory_Nd = self.memory_norm(visible_Nd + place_Td.index_select(0, pack.visible_index_N))
         x_Md = self.mask_token + place_Td.index_select(0, pack.target_index_M)
-        runs = Runs(pack.cu_target, pack.target_lengths)
-        memory_runs = Runs(pack.cu_visible, pack.visible_lengths)
+        runs = sequences(pack.target_lengths, x_Md.device)
+        memory_runs = sequences(pack.visible_lengths, x_Md.device)
         for block in self.blocks:
             x_Md = run_block(
                 block, x_Md, memory_Nd, runs, memory_runs, recompute=self.config.recompute

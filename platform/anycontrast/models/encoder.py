@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anycontrast.models.blocks import LAYER_NORM_EPS, Block, Runs, init_blocks, run_block
+from anycontrast.models.blocks import LAYER_NORM_EPS, Block, init_blocks, run_block
 from anycontrast.models.patches import patch_zscores
 from anycontrast.models.positions import sincos_position
 from anycontrast.models.tokenizer import DynamicTokenizer
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import NUM_CONTRAST_IDS
+from anycontrast_kernels.sequences import Sequences, sequences
 
 MIN_HEAD_DIM = 64
 MAX_HEAD_DIM = 128
@@ -132,13 +133,13 @@ class Encoder(nn.Module):
                 tapped[number] = tokens_ND
         return self.norm(tokens_ND), [tapped[number] for number in taps]
 
-    def embed(self, batch: PackedBatch, visible: Visible | None = None) -> tuple[Tensor, Runs]:
+    def embed(self, batch: PackedBatch, visible: Visible | None = None) -> tuple[Tensor, Sequences]:
         """Cut out the visible patches, project and place them: [N, D] and their runs."""
         volume_N, position_N3, index_N = batch.volume_T, batch.position_mm_T3, None
-        runs = Runs(batch.cu_seqlens, batch.lengths)
+        runs = sequences(batch.lengths, volume_N.device)
         if visible is not None:
-            index_N, lengths, cu_seqlens = visible
-            runs = Runs(cu_seqlens, lengths)
+            index_N, lengths, _ = visible
+            runs = sequences(lengths, volume_N.device)
             volume_N, position_N3 = (x.index_select(0, index_N) for x in (volume_N, position_N3))
         x_NP = patch_zscores(batch, index_N)
         tokens_ND: Tensor = self.tokenizer(x_NP, volume_N, batch.contrast_V, batch.descriptor_VK)

@@ -21,7 +21,7 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, U
 from torch import Tensor, nn
 
 from anycontrast.models.amae import AMAEConfig
-from anycontrast.models.blocks import Runs, run_block
+from anycontrast.models.blocks import run_block
 from anycontrast.models.encoder import Encoder
 from anycontrast.models.patches import patch_zscores
 from anycontrast.models.positions import sincos_position
@@ -30,6 +30,7 @@ from anycontrast.models.tokenizer import DynamicTokenizer
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import DESCRIPTOR_SIZE, contrast_id
 from anycontrast_datasets.study import StudyError
+from anycontrast_kernels.sequences import sequences
 
 Stride = tuple[int, int, int]
 
@@ -289,10 +290,7 @@ class UNETR(Segmenter):
         )
         tokens_TE = tokens_TE + position_TE.to(tokens_TE.dtype)
         num_patches = tokens_TE.shape[0] // num_studies
-        cu_seqlens = torch.arange(
-            0, tokens_TE.shape[0] + 1, num_patches, dtype=torch.int32, device=tokens_TE.device
-        )
-        runs = Runs(cu_seqlens, (num_patches,) * num_studies)
+        runs = sequences((num_patches,) * num_studies, tokens_TE.device)
         tapped: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
             tokens_TE = run_block(block, tokens_TE, runs, recompute=self.shape.recompute)
