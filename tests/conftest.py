@@ -505,7 +505,8 @@ class RayNodes:
             "RAY_AUTH_TOKEN": self.token,
             # Else nodes on loopback addresses are refused.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
-            "RAY_metrics_report_interval_ms": "1000",
+            # A number goes stale after two intervals, and those of nodes come every five seconds.
+            "RAY_metrics_report_interval_ms": "3000",
             "PYTHONPATH": ":".join(str(self.code / n) for n in ("platform", "kernels", "datasets")),
             "OMP_NUM_THREADS": "1",
             **env,

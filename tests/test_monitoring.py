@@ -122,11 +122,6 @@ def run_series(metric: str, values: str, **labels: str) -> dict[str, str]:
     return {f"ray_anycontrast_{metric}{{{named}}}": values}
 
 
-def state(values: str, name: str) -> dict[str, str]:
-    labels = f'ray_train_run_name="r-1",ray_train_controller_state="{name}"'
-    return {f"ray_train_controller_state{{{labels}}}": values}
-
-
 def node(**metrics: str) -> dict[str, str]:
     where = '{SessionName="s",ip="10.0.0.7"}'
     return {f"ray_node_{metric}{where}": values for metric, values in metrics.items()}
@@ -136,7 +131,7 @@ NODE = {"SessionName": "s", "ip": "10.0.0.7"}
 NO_STEP = "Run r (amae) has logged no step for 15 minutes"
 OLD = "Run r (amae) has no checkpoint of the last 2 hours"
 STORM = "Run r was started again 3 times or more within 30 minutes"
-WAITS = "Ray Train run r-1 has waited 15 minutes for its workers"
+WAITS = "Run r (amae) has waited 15 minutes for its workers"
 STALL = "Run r waits for data 40% of its time"
 SKIPPED = "Run r skipped 11 steps within 30 minutes"
 LEFT_OUT = "Run r left out 2 studies that could not be read"
@@ -159,14 +154,14 @@ CASES = (
     Case("CheckpointOld", run_series("checkpoint_timestamp_seconds", "0+60x200"), 130, None, RUN),
     Case("RestartStorm", run_series("restarts", "0x5 1x5 2x5 3x40"), 20, STORM, RUN),
     Case("RestartStorm", run_series("restarts", "0x5 1x40 2x40 3x40"), 90, None, RUN),
+    Case("NotRunning", run_series("job", "1x40"), 20, WAITS, RUN),
     Case(
         "NotRunning",
-        state("1x40", "SCHEDULING"),
+        {**run_series("job", "1x40", WorkerId="a"), **run_series("step", "5x40", WorkerId="b")},
         20,
-        WAITS,
-        {"ray_train_run_name": "r-1"},
+        None,
+        RUN,
     ),
-    Case("NotRunning", state("1x40", "RUNNING"), 20, None, {}),
     Case("DataStall", run_series("data_wait_share", "0.4x40", rank="1"), 20, STALL, RUN),
     Case("DataStall", run_series("data_wait_share", "0.4x3 0.05x40", rank="1"), 20, None, RUN),
     Case("SkippedSteps", run_series("skipped_steps", "0x5 11x20"), 10, SKIPPED, RUN),

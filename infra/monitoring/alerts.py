@@ -30,7 +30,6 @@ def _growth(metric: str, window: str) -> str:
 
 
 _NODE = "by (SessionName, ip)"
-_WAITING = "INITIALIZING|SCHEDULING|RESCHEDULING|RESTARTING|RESIZING"
 
 ALERTS = (
     Alert(
@@ -64,11 +63,10 @@ ALERTS = (
     ),
     Alert(
         "AnycontrastNotRunning",
-        "max by (ray_train_run_name) "
-        f'(ray_train_controller_state{{ray_train_controller_state=~"{_WAITING}"}}) > 0',
+        f"max by ({RUN}) (ray_anycontrast_job) unless max by ({RUN}) (ray_anycontrast_step)",
         "15m",
         "warning",
-        "Ray Train run {{ $labels.ray_train_run_name }} has waited 15 minutes for its workers",
+        "Run {{ $labels.run }} ({{ $labels.task }}) has waited 15 minutes for its workers",
         "The cluster lacks nodes, GPUs or CPUs for cluster.num_workers: `ray status` on the head "
         "says which. `anycontrast doctor` says what a node lacks.",
     ),

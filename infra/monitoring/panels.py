@@ -97,16 +97,13 @@ TRAINING = Dashboard(
             "Of the rank's GPU; resident memory where there is none.",
         ),
         Panel(
-            "State of the job",
+            "Job and its ranks",
             "short",
             (
-                (
-                    "max by (ray_train_run_name, ray_train_controller_state) "
-                    "(ray_train_controller_state) > 0",
-                    "{{ray_train_run_name}} {{ray_train_controller_state}}",
-                ),
+                (f"max by (run, task) (ray_anycontrast_job{_RUN})", "{{run}} {{task}} submitted"),
+                (f"count by (run, task) (ray_anycontrast_step_seconds{_RUN})", "{{run}} ranks up"),
             ),
-            "As Ray Train sees it.",
+            "A job without ranks waits for nodes, GPUs or CPUs.",
         ),
     ),
 )

@@ -170,7 +170,8 @@ def _fit(config: Config) -> dict[str, Any]:
         provenance(),
     )
     try:
-        with _bar(config):
+        with _bar(config), RayMetrics(config.name, PretrainTask.kind, rank=0) as metrics:
+            metrics.working()
             trainer.fit()
         _raise_recorded(pretrain, attempt)
         result: dict[str, Any] = json.loads((pretrain / f"result-{attempt}.json").read_text())
@@ -260,13 +261,13 @@ def _worker(arguments: dict[str, Any]) -> None:
         return
     try:
         _check_node(pretrain, arguments)
-        if rank == 0:
-            times = _count_start(pretrain / f".launch-{attempt}") - 1
-            RayMetrics(config.name, PretrainTask.kind, rank=rank).restarted(times)
         if arguments["is_local"] and "GLOO_SOCKET_IFNAME" not in os.environ:
             # All workers are on this machine; its host name may resolve to nothing reachable.
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        result = pretrain_worker(config)
+        with RayMetrics(config.name, PretrainTask.kind, rank=rank) as metrics:
+            if rank == 0:
+                metrics.restarted(_count_start(pretrain / f".launch-{attempt}") - 1)
+            result = pretrain_worker(config)
     except Exception as error:
         kind = next((k for k, known in _FINAL.items() if isinstance(error, known)), None)
         if kind is not None:

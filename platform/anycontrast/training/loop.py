@@ -162,7 +162,8 @@ def run_loop(
             "versions": versions(),
             **(extra_state or {}),
         }
-        run.live = RayMetrics(str(run_config.get("name", folder.name)), task.kind, rank=rank())
+        name = str(run_config.get("name", folder.name))
+        run.live = stack.enter_context(RayMetrics(name, task.kind, rank=rank()))
         run.start(stack, found)
         return run.train()
 

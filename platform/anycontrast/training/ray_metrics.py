@@ -2,19 +2,24 @@
 
 Every gauge of `GAUGES` appears on the metrics port of the node its process runs on, with `ray_`
 before its name, and with the labels `run` and `task`; dashboards and alerts are made from the same
-table. Outside a process that is connected to Ray nothing is set, and Ray is not imported.
+table. Ray exports a gauge only if it was set since the export before: a thread sets each one again
+every few seconds; all of a process are gone half a minute after its end. Outside a process that is
+connected to Ray nothing is set, and Ray is not imported.
 """
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 PREFIX = "anycontrast_"
 EXPORTED_PREFIX = "ray_" + PREFIX
 """What the names of `GAUGES` start with in Prometheus."""
+_REPEAT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class GaugeInfo:
 
 
 GAUGES = (
+    GaugeInfo("job", "1 while a job works on the run, also while it waits for its workers"),
     GaugeInfo("step", "Optimiser steps done"),
     GaugeInfo("planned_steps", "Optimiser steps of the whole run"),
     GaugeInfo("epoch", "Epoch the newest step belongs to", "epoch"),
@@ -63,7 +69,7 @@ _OF_RANK = {
 
 
 class RayMetrics:
-    """The gauges of one process of a run; does nothing where there is no Ray.
+    """The gauges of one process of a run, while the block lasts; nothing where there is no Ray.
 
     Args:
         run: Name of the run.
@@ -75,6 +81,25 @@ class RayMetrics:
         self._tags = {"run": run, "task": task}
         self._rank = rank
         self._gauges = _gauges() if _is_connected() else {}
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._done = threading.Event()
+
+    def __enter__(self) -> "RayMetrics":
+        if self._gauges:
+            threading.Thread(target=self._repeat, name="ray-metrics", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+
+    def working(self) -> None:
+        """Say that a job works on the run; for its driver, which lives as long as the job."""
+        self._set("job", 1)
 
     def started(
         self, *, step: int, planned_steps: int, ranks: int, saved_s: float | None = None
@@ -138,7 +163,13 @@ class RayMetrics:
 
     def _set(self, name: str, value: float, **labels: str) -> None:
         if self._gauges and math.isfinite(value):
+            self._values[name, tuple(labels.items())] = float(value)
             self._gauges[name].set(float(value), tags={**self._tags, **labels})
+
+    def _repeat(self) -> None:
+        while not self._done.wait(_REPEAT_S):
+            for (name, labels), value in list(self._values.items()):
+                self._gauges[name].set(value, tags={**self._tags, **dict(labels)})
 
 
 def _is_connected() -> bool:
