@@ -8,6 +8,8 @@ from torch import Tensor
 
 from anycontrast_kernels import reference
 from anycontrast_kernels.attention import varlen_attention
+from anycontrast_kernels.backends import BACKENDS
+from anycontrast_kernels.dispatch import Situation
 from anycontrast_kernels.sequences import Sequences, sequences
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -234,3 +236,82 @@ def test_bad_arguments_are_named(
     }
     with pytest.raises(error, match=match):
         varlen_attention(**(arguments | change))  # type: ignore[arg-type]
+
+
+GPU_LENGTHS = [
+    ((7, 1, 0, 33), (7, 1, 0, 33)),
+    ((700, 64, 1), (700, 64, 1)),
+    ((130, 0, 65, 9), (64, 200, 3, 0)),
+]
+
+
+def gpu_case(
+    lengths: tuple[tuple[int, ...], tuple[int, ...]], head_dim: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, list[Sequences]]:
+    """Query, key and value with padding, the output's gradient, and the sequences."""
+    generator = torch.Generator().manual_seed(3)
+    runs = [sequences(n, "cuda", capacity=6, num_tokens=sum(n) + 11) for n in lengths]
+    sizes = [sum(lengths[0]) + 11] + 2 * [sum(lengths[1]) + 11]
+    inputs = [
+        torch.randn(size, 4, 3, head_dim, generator=generator).to("cuda", dtype)[:, :, 1]
+        for size in sizes
+    ]
+    grad = torch.randn(sizes[0], 4, head_dim, generator=generator).to("cuda", dtype)
+    return [x.requires_grad_() for x in inputs], grad, runs
+
+
+def usable(name: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Skip unless the back end can run here."""
+    (backend,) = (b for b in BACKENDS if b.name == name)
+    reason = backend.refusal(Situation(torch.device("cuda"), dtype, head_dim))
+    if reason is not None:
+        pytest.skip(f"{name} {reason}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS])
+@pytest.mark.parametrize("lengths", GPU_LENGTHS)
+def test_every_back_end_agrees_with_the_definition_on_cuda(
+    lengths: tuple[tuple[int, ...], tuple[int, ...]],
+    backend: str,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    usable(backend, dtype, head_dim)
+    inputs, grad, runs = gpu_case(lengths, head_dim, dtype)
+    q, k, v = inputs
+    found = varlen_attention(q, k, v, *runs, scale=0.2, backend=backend)
+    found_all = [found, *torch.autograd.grad(found, inputs, grad)]
+    used = [sum(lengths[0]), sum(lengths[1]), sum(lengths[1])]
+    oracle_inputs = [
+        x[:n].detach().float().clone().requires_grad_() for x, n in zip(inputs, used, strict=True)
+    ]
+    a, b, c = oracle_inputs
+    oracle = reference.attention(a, b, c, lengths_q=lengths[0], lengths_k=lengths[1], scale=0.2)
+    oracle_all = [oracle, *torch.autograd.grad(oracle, oracle_inputs, grad[: used[0]].float())]
+    atol = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}[dtype]
+    for x, y in zip(found_all, oracle_all, strict=True):
+        torch.testing.assert_close(x[: len(y)].float(), y, atol=atol, rtol=2e-2)
+        assert not x[len(y) :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_our_kernels_give_the_same_bits_every_time() -> None:
+    usable("triton", torch.bfloat16, 64)
+    lengths = (700, 64, 1, 1500)
+    inputs, grad, runs = gpu_case((lengths, lengths), 64, torch.bfloat16)
+    q, k, v = inputs
+
+    def once() -> list[Tensor]:
+        out = varlen_attention(q, k, v, *runs, backend="triton")
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    first = once()
+    for _ in range(20):
+        for x, y in zip(once(), first, strict=True):
+            assert torch.equal(x, y)

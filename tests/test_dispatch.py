@@ -1,13 +1,25 @@
+import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-from anycontrast_kernels import backends_loop, dispatch
+from anycontrast_kernels import (
+    backends_flash2,
+    backends_flex,
+    backends_loop,
+    backends_torch,
+    dispatch,
+    recompute,
+)
 from anycontrast_kernels.attention import varlen_attention
 from anycontrast_kernels.backends import BACKENDS
 from anycontrast_kernels.dispatch import Backend, Situation, choose, probe_error
@@ -195,3 +207,108 @@ def test_an_order_that_cannot_be_carried_out_is_refused(
 def test_the_loop_on_cuda_counts_as_slower() -> None:
     assert not LOOP.is_native(Situation(torch.device("cuda"), torch.float32, 64))
     assert LOOP.is_native(CPU)
+
+
+CUDA = Situation(torch.device("cuda"), torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "situation", "capability", "reason"),
+    [
+        ("torch", CUDA, (9, 0), None),
+        ("torch", replace(CUDA, dtype=torch.float32), (9, 0), "needs float16 or bfloat16"),
+        ("torch", replace(CUDA, head_dim=264), (9, 0), "multiple of 8 up to 256"),
+        ("torch", CUDA, (7, 5), "needs compute capability 8.0, this is 7.5"),
+        ("fa3", CUDA, (10, 0), "needs compute capability 9.x, this is 10.0"),
+        ("fa3", CUDA, (9, 0), "flash_attn_interface is not installed"),
+        ("fa4", CUDA, (8, 0), "needs compute capability 9.x or 10.x, this is 8.0"),
+        ("fa4", CUDA, (10, 0), "flash_attn.cute is not installed"),
+        ("fa2", CUDA, (9, 0), "flash_attn.flash_attn_interface is not installed"),
+        ("triton", CUDA, (9, 0), None),
+        ("triton", replace(CUDA, dtype=torch.float32), (8, 0), None),
+        ("triton", replace(CUDA, dtype=torch.float64), (8, 0), "needs float16, bfloat16 or"),
+        ("triton", replace(CUDA, head_dim=256), (8, 0), r"needs a head dim of \(32, 64"),
+        ("triton", CUDA, (7, 0), "needs compute capability 8.0"),
+        ("flex", CUDA, (9, 0), None),
+        ("flex", replace(CUDA, dtype=torch.float64), (9, 0), "needs float16, bfloat16 or"),
+    ],
+)
+def test_what_every_back_end_needs(
+    name: str,
+    situation: Situation,
+    capability: tuple[int, int],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for module in (backends_torch, backends_flash2):
+        monkeypatch.setattr(
+            module, "find_spec", lambda name: None if "flash" in name else find_spec(name)
+        )
+    (found,) = (backend.refusal for backend in BACKENDS if backend.name == name)
+    answer = found(situation)
+    assert answer is None if reason is None else re.search(reason, answer or "")
+
+
+def test_the_order_of_preference() -> None:
+    names = [backend.name for backend in BACKENDS]
+    assert names == ["fa4", "fa3", "torch", "fa2", "triton", "flex", "loop"]
+    native = [backend.name for backend in BACKENDS if backend.is_native(CUDA)]
+    assert native == ["fa4", "fa3", "torch", "fa2", "triton"]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_the_last_resort_of_accelerators_and_flex_agree_with_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    generator = torch.Generator().manual_seed(0)
+    runs_q, runs_k = (
+        sequences(n, num_tokens=90, capacity=6) for n in ((33, 1, 0, 7), (5, 64, 3, 0))
+    )
+    q, k, v, grad = (torch.randn(90, 2, 64, generator=generator) for _ in range(4))
+    out, lse = backends_loop.forward(q, k, v, runs_q, runs_k, 0.2)
+    expected = backends_loop.backward(grad, q, k, v, out, lse, runs_q, runs_k, 0.2)
+    attend = partial(backends_loop._attend, list(backends_loop._rows(runs_q, runs_k)), 0.2)
+    torch.testing.assert_close(attend(q, k, v), out)
+    with torch.inference_mode():
+        found = recompute.gradients(attend, grad, q, k, v)
+    torch.testing.assert_close(found, expected)
+    # Uncompiled: on a CPU it can only go forward, and compiling takes half a minute.
+    monkeypatch.setattr(backends_flex, "_compiled", lambda: flex_attention)
+    for _ in range(2):
+        torch.testing.assert_close(backends_flex.forward(q, k, v, runs_q, runs_k, 0.2)[0], out)
+
+
+def test_torch_is_called_with_the_seven_arguments_of_every_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stands in for the operator, which has no CPU kernel; the real one is called the same way."""
+    seen: list[tuple[Any, ...]] = []
+
+    class Operators:
+        def _varlen_attn(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            seen.append(arguments)
+            q, k, v, *_ = arguments
+            out, lse = backends_loop.forward(q, k, v, runs, runs, q.shape[-1] ** -0.5)
+            out[-1] = torch.nan
+            return out, lse, torch.zeros(2)
+
+        def _varlen_attn_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+            seen.append(arguments)
+            grad, q, k, v, out, lse, *_ = arguments
+            return backends_loop.backward(grad, q, k, v, out, lse, runs, runs, q.shape[-1] ** -0.5)
+
+    monkeypatch.setattr(backends_torch, "_operators", Operators)
+    runs = sequences((4, 6), num_tokens=11)
+    q, k, v, grad = (torch.randn(11, 2, 64) for _ in range(4))
+    out, lse = backends_torch.forward(q, k, v, runs, runs, 0.2)
+    found = backends_torch.backward(grad, q, k, v, out, lse, runs, runs, 0.2)
+    expected_out, expected_lse = backends_loop.forward(q, k, v, runs, runs, 0.2)
+    expected = backends_loop.backward(grad, q, k, v, expected_out, expected_lse, runs, runs, 0.2)
+    torch.testing.assert_close((out, *found), (expected_out, *expected))
+    assert [len(arguments) for arguments in seen] == [7, 12]
+    schema = inspect.signature(varlen_attn)
+    kinds = [p.kind for p in schema.parameters.values()]
+    assert kinds[:7] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7

@@ -4,6 +4,7 @@ import torch
 from anycontrast_kernels.sequences import (
     Sequences,
     check_extent,
+    clear_padding,
     rounded_length,
     sequences,
     sequences_from_offsets,
@@ -63,6 +64,15 @@ def test_they_move_together() -> None:
     found = sequences(LENGTHS, capacity=9).to("cpu")
     assert isinstance(found, Sequences)
     assert found.cu_seqlens.device == found.tiles_64.device == found.tiles_128.device
+
+
+def test_padding_is_cleared_and_nothing_else() -> None:
+    x = torch.full((9, 2, 4), torch.nan)
+    x[:5] = 1.0
+    found = clear_padding(x, sequences((2, 3), capacity=4, num_tokens=9))
+    assert found is x
+    assert torch.equal(x[:5], torch.ones(5, 2, 4))
+    assert not x[5:].any()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,17 @@
-"""The back ends of attention, in order of preference."""
+"""The back ends of attention, in order of preference.
+
+Each is a module of its own that loads what it needs when it first runs.
+"""
 
 from functools import partial
 
-from anycontrast_kernels import backends_loop, backends_torch
+from anycontrast_kernels import (
+    backends_flash2,
+    backends_flex,
+    backends_loop,
+    backends_torch,
+    backends_triton,
+)
 from anycontrast_kernels.dispatch import Backend, Situation
 
 
@@ -12,6 +21,10 @@ def _on_cuda(situation: Situation) -> bool:
 
 def _on_cpu(situation: Situation) -> bool:
     return situation.device.type == "cpu"
+
+
+def _nowhere(situation: Situation) -> bool:
+    return False
 
 
 BACKENDS = (
@@ -32,5 +45,16 @@ BACKENDS = (
     Backend(
         "torch", backends_torch.forward, backends_torch.backward, backends_torch.refusal, _on_cuda
     ),
+    Backend(
+        "fa2", backends_flash2.forward, backends_flash2.backward, backends_flash2.refusal, _on_cuda
+    ),
+    Backend(
+        "triton",
+        backends_triton.forward,
+        backends_triton.backward,
+        backends_triton.refusal,
+        _on_cuda,
+    ),
+    Backend("flex", backends_flex.forward, backends_flex.backward, backends_flex.refusal, _nowhere),
     Backend("loop", backends_loop.forward, backends_loop.backward, lambda situation: None, _on_cpu),
 )

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 
 from anycontrast_kernels.dispatch import Situation
-from anycontrast_kernels.padding import clear_padding
-from anycontrast_kernels.sequences import Sequences
+from anycontrast_kernels.sequences import Sequences, clear_padding
 
 MAX_HEAD_DIM = 256
 PROVIDERS = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
@@ -81,8 +80,8 @@ def backward(
     )
 
 
-def refusal(situation: Situation) -> str | None:
-    """Why the operator of torch cannot run, or None."""
+def device_refusal(situation: Situation) -> str | None:
+    """Why the kernels of FlashAttention 2 cannot run, or None."""
     if situation.device.type != "cuda":
         return f"needs a CUDA device, this is {situation.device.type}"
     if situation.dtype not in (torch.float16, torch.bfloat16):
@@ -92,9 +91,14 @@ def refusal(situation: Situation) -> str | None:
     capability = situation.capability
     if capability is not None and capability < (8, 0):
         return f"needs compute capability 8.0, this is {capability[0]}.{capability[1]}"
+    return None
+
+
+def refusal(situation: Situation) -> str | None:
+    """Why the operator of torch cannot run, or None."""
     if find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    return None
+    return device_refusal(situation)
 
 
 def flash_refusal(implementation: str, situation: Situation) -> str | None:

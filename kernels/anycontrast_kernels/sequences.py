@@ -21,7 +21,7 @@ LENGTH_STEP = 512
 LENGTH_STEPS_UP_TO = 4096
 
 _extent_on_device = WeakIdKeyDictionary()
-"""Offsets on an accelerator -> what a check needs of them, so that it does not wait for it."""
+"""Offsets on an accelerator -> what the host needs of them, so that it does not wait for it."""
 
 
 class Sequences(NamedTuple):
@@ -125,19 +125,34 @@ def check_extent(where: str, sequences: Sequences, num_tokens: int) -> None:
     """Refuse sequences that do not fit the tensors they are used with.
 
     On an accelerator the offsets of a tensor are read at most once, and never if `sequences` or
-    `Sequences.to` made it.
+    `Sequences.to` made it. While a CUDA graph is captured nothing can be read, nor checked.
 
     Raises:
         ValueError: with `where`, the rule and what was found.
     """
-    cu_seqlens = sequences.cu_seqlens
-    if cu_seqlens.device.type == "cpu":
-        extent = _extent(where, cu_seqlens.tolist())
-    else:
-        if cu_seqlens not in _extent_on_device:
-            _extent_on_device[cu_seqlens] = _extent(where, cu_seqlens.tolist())
-        extent = _extent_on_device[cu_seqlens]
-    _check_fits(where, extent, num_tokens, sequences.max_len)
+    extent = _known_extent(where, sequences.cu_seqlens)
+    if extent is not None:
+        _check_fits(where, extent, num_tokens, sequences.max_len)
+
+
+def clear_padding(x_THD: Tensor, sequences: Sequences) -> Tensor:
+    """Set the tokens after the last offset to 0, in place.
+
+    Foreign kernels leave there what the memory held, which may be NaN.
+
+    Args:
+        x_THD: [T, H, D].
+        sequences: the sequences of `x_THD`.
+
+    Returns:
+        `x_THD`.
+    """
+    extent = _known_extent("clear_padding", sequences.cu_seqlens)
+    if extent is not None:
+        x_THD[extent.last :].zero_()
+        return x_THD
+    row_T11 = torch.arange(x_THD.shape[0], device=x_THD.device).view(-1, 1, 1)
+    return x_THD.masked_fill_(row_T11 >= sequences.cu_seqlens[-1], 0)
 
 
 def rounded_length(length: int) -> int:
@@ -167,6 +182,18 @@ def _tiles(
 class _Extent(NamedTuple):
     longest: int
     last: int
+
+
+def _known_extent(where: str, cu_seqlens: Tensor) -> _Extent | None:
+    """Extent of offsets wherever they lie; None if they cannot be read now."""
+    if cu_seqlens.device.type == "cpu":
+        return _extent(where, cu_seqlens.tolist())
+    if cu_seqlens not in _extent_on_device:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _extent_on_device[cu_seqlens] = _extent(where, cu_seqlens.tolist())
+    found: _Extent = _extent_on_device[cu_seqlens]
+    return found
 
 
 def _extent(where: str, offsets: Sequence[int]) -> _Extent:
