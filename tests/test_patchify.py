@@ -177,10 +177,13 @@ def test_any_patches_in_any_order_are_as_defined(
 
 def test_no_patches_are_no_rows_and_float_codes_take_a_gradient() -> None:
     volumes: dict[str, Any] = packed((True, False, False))
-    none = {"volume_N": torch.zeros(0, dtype=torch.int64), "grid_N3": torch.zeros(0, 3).long()}
+    none: dict[str, Any] = {
+        "volume_N": torch.zeros(0, dtype=torch.int64),
+        "grid_N3": torch.zeros(0, 3).long(),
+    }
     assert gather_patches(**volumes, **none, patch_vox=PATCH).shape == (0, 30)
     volumes["codes_B"] = volumes["codes_B"].float().requires_grad_()
-    one = {"volume_N": torch.tensor([1]), "grid_N3": torch.tensor([[0, 0, 0]])}
+    one: dict[str, Any] = {"volume_N": torch.tensor([1]), "grid_N3": torch.tensor([[0, 0, 0]])}
     table = torch.tensor([[2.0, 0.0, -1e9, 1e9]]).repeat(4, 1)
     x = gather_zscores(**volumes, intensity_V4=table, **one, patch_vox=PATCH)
     (grad,) = torch.autograd.grad(x.sum(), volumes["codes_B"])
