@@ -1,0 +1,1 @@
+"""Whether a cluster, or this machine, is fit for training: `anycontrast doctor`."""
