@@ -1,8 +1,7 @@
 """Volume <-> patches, and stored codes -> z-scores.
 
 The checked entry to these operations. All are memory-bound; the plain definitions of `reference`
-run on every device. Patches of packed volumes are cut by `gather_cpu` where the codes are int16 on
-the CPU.
+run on every device. Patches of packed volumes are cut by what `gather_ops` picks for the device.
 """
 
 import math
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anycontrast_kernels import gather_cpu, reference
+from anycontrast_kernels import gather_ops, reference
 
 
 def patchify(volume_XYZ: Tensor, patch_vox: tuple[int, int, int]) -> Tensor:
@@ -27,7 +26,7 @@ def patchify(volume_XYZ: Tensor, patch_vox: tuple[int, int, int]) -> Tensor:
     Raises:
         ValueError: `volume_XYZ` is not 3D, or a side is no multiple of the patch.
     """
-    _check_patch(patch_vox)
+    check_patch(patch_vox)
     shape = tuple(volume_XYZ.shape)
     if len(shape) != 3:
         raise ValueError(f"patchify: volume_XYZ must be [X, Y, Z], got shape {shape}")
@@ -55,7 +54,7 @@ def unpatchify(
     Raises:
         ValueError: `patches_TP` is not [product of grid, product of patch_vox].
     """
-    _check_patch(patch_vox)
+    check_patch(patch_vox)
     expected = (math.prod(grid), math.prod(patch_vox))
     if tuple(patches_TP.shape) != expected:
         raise ValueError(
@@ -128,14 +127,16 @@ def gather_patches(
 
     Raises:
         TypeError: an argument has another dtype.
-        ValueError: an argument has another shape, they lie on different devices, or (seen on the
-            CPU only) a volume lies outside `codes_B`.
+        ValueError: an argument has another shape or is not contiguous, they lie on different
+            devices, or (seen on the CPU only) a volume lies outside `codes_B`.
     """
-    volumes = (codes_B, volume_start_V, volume_shape_V3, flip_V3)
-    _check_gather("gather_patches", volumes, volume_N, grid_N3, patch_vox)
-    if codes_B.device.type == "cpu" and codes_B.dtype == torch.int16:
-        return gather_cpu.gather_patches(*volumes, volume_N, grid_N3, patch_vox)
-    return reference.gather_patches(*volumes, volume_N, grid_N3, patch_vox)
+    check_patch(patch_vox)
+    patches = (codes_B, volume_start_V, volume_shape_V3, flip_V3, volume_N, grid_N3)
+    gather_ops.check_packed("gather_patches", *patches)
+    if codes_B.dtype != torch.int16:
+        return reference.gather_patches(*patches, patch_vox)
+    codes_NP: Tensor = gather_ops.gather_patches(*patches, list(patch_vox))
+    return codes_NP
 
 
 def gather_zscores(
@@ -171,78 +172,23 @@ def gather_zscores(
         TypeError: an argument has another dtype.
         ValueError: as `gather_patches`.
     """
+    check_patch(patch_vox)
+    if not dtype.is_floating_point:
+        raise TypeError(f"gather_zscores: dtype must be floating, got {dtype}")
     volumes = (codes_B, volume_start_V, volume_shape_V3, flip_V3)
-    _check_gather("gather_zscores", volumes, volume_N, grid_N3, patch_vox)
-    if intensity_V4.dtype != torch.float32:
-        raise TypeError(f"gather_zscores: intensity_V4 must be float32, got {intensity_V4.dtype}")
-    if tuple(intensity_V4.shape) != (len(volume_start_V), 4):
-        raise ValueError(
-            f"gather_zscores: intensity_V4 must be [V, 4] with V {len(volume_start_V)}, "
-            f"got {tuple(intensity_V4.shape)}"
-        )
-    if intensity_V4.device != codes_B.device:
-        raise ValueError(
-            f"gather_zscores: intensity_V4 must lie on {codes_B.device} like the codes, "
-            f"got {intensity_V4.device}"
-        )
-    picked = (intensity_V4, volume_N, grid_N3, patch_vox)
-    if codes_B.device.type == "cpu" and codes_B.dtype == torch.int16:
-        return gather_cpu.gather_zscores(*volumes, *picked, dtype=dtype)
-    return reference.gather_zscores(*volumes, *picked, dtype=dtype)
+    gather_ops.check_packed("gather_zscores", *volumes, volume_N, grid_N3, intensity_V4)
+    picked = (intensity_V4, volume_N, grid_N3)
+    if codes_B.dtype != torch.int16:
+        return reference.gather_zscores(*volumes, *picked, patch_vox, dtype=dtype)
+    x_NP: Tensor = gather_ops.gather_zscores(*volumes, *picked, list(patch_vox), dtype)
+    return x_NP
 
 
-def _check_gather(
-    name: str,
-    volumes: tuple[Tensor, Tensor, Tensor, Tensor],
-    volume_N: Tensor,
-    grid_N3: Tensor,
-    patch_vox: tuple[int, int, int],
-) -> None:
-    """Refuse what cannot be packed volumes and patches of them."""
-    _check_patch(patch_vox)
-    codes_B, start_V, shape_V3, flip_V3 = volumes
-    if codes_B.dtype not in (torch.int16, torch.float32):
-        raise TypeError(f"{name}: codes_B must be int16 or float32, got {codes_B.dtype}")
-    num_volumes, num_patches = (x.shape[0] if x.ndim else 0 for x in (start_V, volume_N))
-    for argument, tensor, dtype, shape in (
-        ("volume_start_V", start_V, torch.int64, (num_volumes,)),
-        ("volume_shape_V3", shape_V3, torch.int64, (num_volumes, 3)),
-        ("flip_V3", flip_V3, torch.bool, (num_volumes, 3)),
-        ("volume_N", volume_N, torch.int64, (num_patches,)),
-        ("grid_N3", grid_N3, torch.int64, (num_patches, 3)),
-    ):
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name}: {argument} must be {dtype}, got {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: {argument} must be {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != codes_B.device:
-            raise ValueError(
-                f"{name}: {argument} must lie on {codes_B.device} like the codes, "
-                f"got {tensor.device}"
-            )
-    if codes_B.ndim != 1:
-        raise ValueError(f"{name}: codes_B must be [B], got {tuple(codes_B.shape)}")
-    if codes_B.device.type == "cpu":  # Looking at the values of a GPU would wait for it.
-        _check_inside(name, len(codes_B), start_V, shape_V3, volume_N)
+def check_patch(patch_vox: Sequence[int]) -> None:
+    """Refuse what is no patch size.
 
-
-def _check_inside(
-    name: str, num_codes: int, start_V: Tensor, shape_V3: Tensor, volume_N: Tensor
-) -> None:
-    stop_V = start_V + shape_V3.prod(dim=1)
-    if len(start_V) and (int(start_V.min()) < 0 or int(stop_V.max()) > num_codes):
-        raise ValueError(
-            f"{name}: every volume must lie within the {num_codes} voxels of codes_B, found "
-            f"voxels {int(start_V.min())} to {int(stop_V.max())}"
-        )
-    num_volumes = len(start_V)
-    if len(volume_N) and not 0 <= int(volume_N.min()) <= int(volume_N.max()) < num_volumes:
-        raise ValueError(
-            f"{name}: volume_N must lie in 0 .. {num_volumes - 1}, found {int(volume_N.min())} to "
-            f"{int(volume_N.max())}"
-        )
-
-
-def _check_patch(patch_vox: Sequence[int]) -> None:
+    Raises:
+        ValueError: not three sides, or a side < 1.
+    """
     if len(patch_vox) != 3 or any(p < 1 for p in patch_vox):
         raise ValueError(f"patch_vox must be three sizes >= 1, got {tuple(patch_vox)}")
