@@ -185,6 +185,10 @@ def test_parameters_are_the_models_and_memory_follows_zero() -> None:
     assert states == sorted(states, reverse=True)
     assert states[0] == 18 * cost.num_parameters
     assert states[3] == 4 * cost.num_parameters
+    plain, full = (
+        gpu_bytes(cost, pack_tokens=64, world_size=8, zero_stage=0, pack_bytes=n) for n in (0, 500)
+    )
+    assert full["total"] == plain["total"] + 500
     recomputed = model_cost(replace(config, recompute=True), MaskingConfig())
     assert recomputed.activation_bytes_per_token < cost.activation_bytes_per_token
     assert recomputed.flops.linear > cost.flops.linear

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from anycontrast.models.patches import patch_codes
 from anycontrast_datasets.shard_commit import write_arrays
+from anycontrast_datasets.store import volume_store
 from anycontrast_datasets.store.byte_source import LocalSource
 from anycontrast_datasets.store.reader import open_store
 from anycontrast_datasets.store.volume_index import member_from_dict, read_index
@@ -131,3 +133,31 @@ def test_all_contrasts_of_a_study_are_augmented_alike(
                 assert torch.equal(volumes[0], volumes[2])
                 seen.add((pack.study_ids[study], tuple(volumes[0][:9].tolist())))
     assert len(seen) > 12, "and differently from one serving to the next"
+
+
+def test_the_disk_is_told_of_every_step_ahead_and_of_nothing_else(
+    pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        LocalSource, "announce", lambda self, name, start, stop: told.append((name, start, stop))
+    )
+    monkeypatch.setattr(volume_store, "_NEAR_BYTES", 0)
+    store = open_store(pristine)
+    config = StreamConfig(studies_per_step=2, prefetch_steps=2, num_threads=1, contrasts=["T1w"])
+    with StudyStream(store, config, PATCH, seed=0) as stream:
+        served = list(next(stream).packs[0].study_ids)
+        deadline = time.monotonic() + 10
+        while len(told) < 2 * 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(2):
+            served += next(stream).packs[0].study_ids
+    table = read_index(LocalSource(pristine), store.dataset["index_sha256"])  # type: ignore[attr-defined]
+    rows = [member_from_dict(row) for row in table.to_pylist()]
+    wanted = [
+        (row.shard, row.offset, row.offset + row.bytes)
+        for study_id in served
+        for row in rows
+        if row.study_id == study_id and row.contrast in ("T1w", rows[-1].contrast)
+    ]
+    assert told[:12] == wanted

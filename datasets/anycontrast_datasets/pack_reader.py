@@ -97,8 +97,8 @@ class PackReader:
     def announce(self, places: Sequence[Place]) -> None:
         """Let the disk fetch the studies of a pack while others are being decoded."""
         if isinstance(self._store, Announcer):
-            for place in places:
-                self._store.announce(self._servings.make(place).index)
+            for serving in map(self._servings.make, places):
+                self._store.announce(serving.index, serving.contrasts)
 
     def _direct(self, pack: Sequence[Serving]) -> DirectPack | None:
         """Plan to read straight into the pack; parts of studies and labels are packed after."""

@@ -66,8 +66,8 @@ def model_cost(model: AMAEConfig, masking: MaskingConfig) -> ModelCost:
     factor = RECOMPUTE_FACTOR if model.recompute else TRAINING_FACTOR
     per_layer = BYTES_PER_LAYER_RECOMPUTED if model.recompute else BYTES_PER_LAYER
     layers = size.width * size.depth * visible + size.decoder_width * size.decoder_depth * decoded
-    # Codes as int16; as float32 the visible voxels, and target and prediction of the targets.
-    voxels = num_voxels * (2 + 4 * visible + 8 * targets)
+    # As float32 the visible voxels, and target and prediction of the targets.
+    voxels = num_voxels * (4 * visible + 8 * targets)
     return ModelCost(
         num_parameters=parameters,
         flops=CostModel(linear=factor * forward.linear, quadratic=factor * forward.quadratic),
@@ -76,14 +76,24 @@ def model_cost(model: AMAEConfig, masking: MaskingConfig) -> ModelCost:
 
 
 def gpu_bytes(
-    cost: ModelCost, *, pack_tokens: float, world_size: int, zero_stage: int
+    cost: ModelCost,
+    *,
+    pack_tokens: float,
+    world_size: int,
+    zero_stage: int,
+    pack_bytes: float = 0.0,
 ) -> dict[str, float]:
     """Estimate the memory of one rank.
 
     Weights, gradients and two AdamW moments in float32, shared out as the ZeRO stage says, a bf16
-    copy of the weights for autocast, and the activations of one pack.
+    copy of the weights for autocast, the activations of one pack, and `pack_bytes` of its voxels.
     """
     shared = {0: 0, 1: 8, 2: 12, 3: 16}[zero_stage]
     state = cost.num_parameters * (16 - shared + shared / world_size + 2)
     activations = pack_tokens * cost.activation_bytes_per_token
-    return {"state": state, "activations": activations, "total": state + activations}
+    return {
+        "state": state,
+        "activations": activations,
+        "voxels": pack_bytes,
+        "total": state + activations + pack_bytes,
+    }

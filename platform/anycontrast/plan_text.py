@@ -42,7 +42,8 @@ def _memory(plan: Mapping[str, Any]) -> Iterable[str]:
     yield (
         f"GPU memory   {_bytes(gpu['total'])} a rank: weights and optimiser "
         f"{_bytes(gpu['state'])} ({plan['model']['parameters'] / 1e6:,.1f} M parameters), "
-        f"activations {_bytes(gpu['activations'])} ({memory['pack_tokens']:,.0f} tokens a pack)"
+        f"activations {_bytes(gpu['activations'])} ({memory['pack_tokens']:,.0f} tokens a pack), "
+        f"voxels {_bytes(gpu['voxels'])}"
     )
     yield (
         f"host memory  {_bytes(host['total'])} a rank: studies being decoded "

@@ -107,7 +107,7 @@ def run_plan(config: "Config", options: PlanConfig) -> dict[str, Any]:
             "stream_ratio": _ratio(config.pretrain.stream.cost),
             "basis": "measured here" if options.fit else "by counting operations",
         },
-        "memory": _memory(config, sizes, model, own),
+        "memory": _memory(config, sizes, model, own, storage),
         "storage": asdict(storage),
         "training": _training(config, options, sizes, model, own, storage),
         "ranks": [{**asdict(plan), "stats": asdict(plan.stats)} for plan in ranks],
@@ -214,7 +214,9 @@ def _plan_storage(
     )
 
 
-def _memory(config: "Config", sizes: StudySizes, model: ModelCost, own: RankPlan) -> dict[str, Any]:
+def _memory(
+    config: "Config", sizes: StudySizes, model: ModelCost, own: RankPlan, storage: StoragePlan
+) -> dict[str, Any]:
     """Estimate the memory of one rank: of its GPU, and of the threads that feed it."""
     stream = config.pretrain.stream
     pack_tokens = float(stream.pack_tokens or 0)
@@ -222,8 +224,14 @@ def _memory(config: "Config", sizes: StudySizes, model: ModelCost, own: RankPlan
         studies = own.studies_per_step / own.packs_per_step * stream.draws_per_study
         pack_tokens = max(studies * float(sizes.tokens_N.mean()), float(sizes.tokens_N.max()))
     packs = own.packs_per_step / own.stats.world_size
-    pack_bytes = pack_tokens * math.prod(config.model.patch_vox) * 2
-    study_bytes = float(sizes.voxels_N.max()) * 2
+    if stream.crop_vox is None:
+        # A pack holds whole boxes, which its draws share, and its studies are decoded into it.
+        voxels_per_token = float(sizes.voxels_N.sum() / sizes.tokens_N.sum())
+        pack_bytes = 2 * pack_tokens / stream.draws_per_study * voxels_per_token
+        study_bytes = float(sizes.voxels_N.max()) * storage.bytes_per_voxel
+    else:
+        pack_bytes = 2 * pack_tokens * math.prod(config.model.patch_vox)
+        study_bytes = float(sizes.voxels_N.max()) * (2 + storage.bytes_per_voxel)
     host = {
         "studies": stream.num_threads * study_bytes,
         "packs": (stream.prefetch_steps + 1) * packs * pack_bytes,
@@ -235,6 +243,7 @@ def _memory(config: "Config", sizes: StudySizes, model: ModelCost, own: RankPlan
             pack_tokens=pack_tokens,
             world_size=own.stats.world_size,
             zero_stage=config.pretrain.engine.zero_stage,
+            pack_bytes=pack_bytes,
         ),
         "host_bytes": {**host, "total": sum(host.values())},
     }

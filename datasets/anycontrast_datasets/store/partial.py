@@ -16,9 +16,6 @@ from anycontrast_datasets.study import ShardError, StudyArrays, StudyRecord
 
 Vox3 = tuple[int, int, int]
 
-MAX_TABLE_RUNS = 2**16
-"""Runs of a volume up to which their numbers are kept as a table: 512 KiB, and twice as fast."""
-
 
 def wanted_contrasts(record: StudyRecord, contrasts: Sequence[str] | None) -> list[str]:
     """Return the contrasts to read in stored order; None asks for every one.
@@ -134,8 +131,6 @@ def gather_patches(
     patch_vox: Vox3,
     index_N: npt.NDArray[np.int64],
     out: npt.NDArray[np.int16] | None = None,
-    *,
-    mirrored: Sequence[int] = (),
 ) -> npt.NDArray[np.int16]:
     """Copy patches out of a volume in one pass of runs along k.
 
@@ -144,7 +139,6 @@ def gather_patches(
         patch_vox: Voxels of a patch along i, j, k.
         index_N: [N] flat C-order indices into the patch grid, in any order.
         out: [N, P] C-contiguous int16 to write to; a new array if None.
-        mirrored: Axes (0, 1, 2) along which the voxels of every patch are reversed.
 
     Returns:
         [N, P] int16, voxels of a patch in C order.
@@ -162,54 +156,22 @@ def gather_patches(
         codes_XYZ = padded
     if out is None:
         out = np.empty((len(index_N), math.prod(patch_vox)), dtype=np.int16)
-    copy_patches(codes_XYZ, patch_vox, index_N, out, mirrored=mirrored)
-    return out
-
-
-def copy_patches(
-    codes_XYZ: npt.NDArray[np.int16],
-    patch_vox: Vox3,
-    index_N: npt.NDArray[np.int64],
-    out: npt.NDArray[np.int16],
-    *,
-    mirrored: Sequence[int] = (),
-) -> None:
-    """Do what `gather_patches` does, unchecked, for a contiguous volume of whole patches."""
-    is_mirrored = (0 in mirrored, 1 in mirrored)
-    if codes_XYZ.size <= MAX_TABLE_RUNS * patch_vox[2]:
-        runs_NR = run_table(codes_XYZ.shape, patch_vox, *is_mirrored).take(index_N, axis=0)
-    else:
-        first_L, inner_R = run_index(codes_XYZ.shape, patch_vox, *is_mirrored)
-        runs_NR = first_L[index_N][:, None] + inner_R
+    first_L, inner_R = run_index(codes_XYZ.shape, patch_vox)
     run = np.dtype(("V", 2 * patch_vox[2]))
+    runs_NR = first_L[index_N][:, None] + inner_R
     # The indices are in range by construction; `raise` would buffer the whole output.
     codes_XYZ.view(run).reshape(-1).take(runs_NR, out=out.view(run), mode="clip")
-    if 2 in mirrored:
-        rows = out.reshape(-1, patch_vox[2])
-        rows[...] = rows[:, ::-1].copy()
-
-
-@lru_cache(maxsize=16)
-def run_table(
-    shape: tuple[int, ...], patch_vox: tuple[int, ...], is_mirrored_i: bool, is_mirrored_j: bool
-) -> npt.NDArray[np.int64]:
-    """Number the runs of every patch of a small grid, e.g. a slab: [L, R]."""
-    first_L, inner_R = run_index(shape, patch_vox, is_mirrored_i, is_mirrored_j)
-    return first_L[:, None] + inner_R
+    return out
 
 
 @lru_cache(maxsize=64)
 def run_index(
-    shape: tuple[int, ...],
-    patch_vox: tuple[int, ...],
-    is_mirrored_i: bool = False,
-    is_mirrored_j: bool = False,
+    shape: tuple[int, ...], patch_vox: tuple[int, ...]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Number the runs of a grid of whole patches: first run of every patch [L], and within [R]."""
     x, y, z = (n // p for n, p in zip(shape, patch_vox, strict=True))
     rows = np.arange(x * patch_vox[0] * y * patch_vox[1] * z)
     rows = rows.reshape(x, patch_vox[0], y, patch_vox[1], z)
     first_L = np.ascontiguousarray(rows[:, 0, :, 0, :]).reshape(-1)
-    inner = rows[0, :: -1 if is_mirrored_i else 1, 0, :: -1 if is_mirrored_j else 1, 0]
-    inner_R = np.ascontiguousarray(inner).reshape(-1)
+    inner_R = np.ascontiguousarray(rows[0, :, 0, :, 0]).reshape(-1)
     return first_L, inner_R

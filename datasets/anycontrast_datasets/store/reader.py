@@ -87,8 +87,8 @@ class StudyStore(Protocol):
 class Announcer(Protocol):
     """A store that can be told what will be read."""
 
-    def announce(self, index: int) -> None:
-        """Say that a study will be read soon, so that a disk may begin; returns at once."""
+    def announce(self, index: int, contrasts: Sequence[str]) -> None:
+        """Say what of a study will be read soon, so that a disk may begin; returns at once."""
 
 
 def open_store(location: Path | str, *, cache: CacheConfig | None = None) -> StudyStore:

@@ -1,8 +1,7 @@
 """Memory that is used again: slots of a caller, scratch of a thread, and what nobody holds.
 
 Fresh memory must be cleared by the kernel page by page, which costs more than to copy a study into
-it: 5 ms for 39 MB. And what is decoded into the memory of the slab before it is still in the
-processor's cache when its patches are gathered.
+it: 5 ms for 39 MB.
 """
 
 import math

@@ -83,10 +83,10 @@ class LabelledStore:
         """See `StudyStore.read_patches`."""
         return self._store.read_patches(self._indices[index], patch_vox, patches)
 
-    def announce(self, index: int) -> None:
+    def announce(self, index: int, contrasts: Sequence[str]) -> None:
         """See `Announcer.announce`."""
         if isinstance(self._store, Announcer):
-            self._store.announce(self._indices[index])
+            self._store.announce(self._indices[index], contrasts)
 
     def close(self) -> None:
         """See `StudyStore.close`."""
