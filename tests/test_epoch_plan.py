@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from anycontrast_datasets.cost import CostModel
 from anycontrast_datasets.epoch_plan import EpochPlan, plan_epoch, simulate
-from anycontrast_datasets.packing import first_fit_decreasing, pack_pool, split_packs
+from anycontrast_datasets.packing import (
+    even_out,
+    first_fit_decreasing,
+    pack_pool,
+    split_packs,
+    spread_evenly,
+)
 
 
 def hospital_tokens(count: int, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -168,6 +174,31 @@ def test_the_cost_model_decides_which_packs_share_a_step() -> None:
     )
     assert {len({len(pack) for pack in plan.step(s)}) for s in range(2)} == {1}
     assert simulate(plan, 4).imbalance == 1.0
+
+
+def test_a_last_step_of_few_sizes_is_evened_out_by_swaps() -> None:
+    lengths = np.array([864] * 12 * 96 + [635] * 140)
+    costs = lengths * 3 + lengths**2 // 500
+    dealt = spread_evenly(lengths, costs, 16_384, 96)
+    assert dealt is not None
+    swapped = dealt.copy()
+    even_out(swapped, lengths, costs, 16_384)
+
+    def worst(pack_N: npt.NDArray[np.int64]) -> float:
+        loads = np.bincount(pack_N, weights=costs)
+        return float(loads.max() / loads.mean())
+
+    assert worst(dealt) > 1.025 > 1.015 > worst(swapped)
+    assert np.array_equal(np.bincount(swapped), np.bincount(dealt)), "swaps keep the counts"
+
+
+def test_a_swap_never_overfills_a_pack() -> None:
+    lengths, costs = np.array([9, 1, 4, 6]), np.array([2, 9, 6, 1])
+    packs = np.array([0, 0, 1, 1])
+    even_out(packs, lengths, costs, 10)
+    assert packs.tolist() == [0, 0, 1, 1], "either swap would make a pack of 13 tokens"
+    even_out(packs, lengths, costs, 13)
+    assert packs.tolist() != [0, 0, 1, 1] and np.bincount(packs, costs).max() < 11
 
 
 def test_packs_are_split_until_there_are_enough() -> None:

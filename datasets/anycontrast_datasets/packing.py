@@ -24,6 +24,12 @@ MAX_CARRIED = 0.5
 """At most this share of a pool is carried into the next one, so that a pool stays a pool."""
 DEALT_SHARE = 0.6
 """Share of the tokens that is dealt out, largest studies first; the rest fills up."""
+EVEN_PARTNERS = 16
+"""Cheapest packs that the dearest one tries to swap studies with."""
+EVEN_ENOUGH = 1.005
+"""Dearest pack of a step over the mean at which nothing is swapped any more."""
+MAX_SWAPS = 2
+"""In one step, per pack."""
 MORE_PACKS = 1.005
 """Dealing out may need this many times the packs of first-fit-decreasing alone."""
 
@@ -180,6 +186,7 @@ def fill_last_step(
     spread = spread_evenly(lengths_N[rest], costs_N[rest], pack_tokens, packs_per_step)
     if spread is None:
         spread = split_packs(pack_N[rest], lengths_N[rest], packs_per_step)
+    even_out(spread, lengths_N[rest], costs_N[rest], pack_tokens)
     by_cost = np.argsort(np.bincount(spread, weights=costs_N[rest]), kind="stable")
     number = np.empty(packs_per_step, dtype=np.int64)
     number[by_cost[spread_order(packs_per_step)]] = np.arange(packs_per_step)
@@ -212,6 +219,62 @@ def spread_evenly(lengths_N: Ints, costs_N: Ints, pack_tokens: int, num_packs: i
         for item in full:
             heapq.heappush(heap, item)
     return pack_N
+
+
+def even_out(pack_N: Ints, lengths_N: Ints, costs_N: Ints, pack_tokens: int) -> None:
+    """Swap studies between the dearest pack and a cheap one while that helps, in place.
+
+    Dealing studies of a few sizes one by one leaves packs apart by a whole small study; a swap of
+    two studies of different sizes moves a part of one.
+
+    Args:
+        pack_N: Number of each study's pack, counted from 0; every number has a study.
+        lengths_N: Tokens.
+        costs_N: What is evened out.
+        pack_tokens: Most tokens of a pack.
+    """
+    held = [np.flatnonzero(pack_N == pack) for pack in range(int(pack_N.max()) + 1)]
+    costs = np.bincount(pack_N, weights=costs_N).astype(np.int64)
+    for _ in range(MAX_SWAPS * len(held)):
+        dear = int(costs.argmax())
+        if costs[dear] <= EVEN_ENOUGH * costs.mean():
+            return
+        cheapest = np.argsort(costs, kind="stable")[: min(EVEN_PARTNERS, len(held) - 1)]
+        for cheap in cheapest.tolist():
+            pair = _best_swap(held[dear], held[cheap], lengths_N, costs_N, pack_tokens)
+            if pair is not None:
+                break
+        else:
+            return
+        ours, theirs = held[dear][pair[0]], held[cheap][pair[1]]
+        held[dear][pair[0]], held[cheap][pair[1]] = theirs, ours
+        pack_N[ours], pack_N[theirs] = cheap, dear
+        moved = int(costs_N[ours] - costs_N[theirs])
+        costs[dear] -= moved
+        costs[cheap] += moved
+
+
+def _best_swap(
+    dear: Ints, cheap: Ints, lengths_N: Ints, costs_N: Ints, pack_tokens: int
+) -> tuple[int, int] | None:
+    """Return which study of each pack to swap to bring their costs closest, if any brings them so.
+
+    Args:
+        dear: Studies of the dearer pack.
+        cheap: Studies of the cheaper pack.
+        lengths_N: Tokens of every study.
+        costs_N: Cost of every study.
+        pack_tokens: Most tokens of a pack.
+    """
+    gap = int(costs_N[dear].sum() - costs_N[cheap].sum())
+    moved_AB = costs_N[dear][:, None] - costs_N[cheap]
+    grown_AB = lengths_N[dear][:, None] - lengths_N[cheap]
+    fits_AB = lengths_N[cheap].sum() + grown_AB <= pack_tokens
+    fits_AB &= lengths_N[dear].sum() - grown_AB <= pack_tokens
+    off_AB = np.where(fits_AB, np.abs(gap - 2 * moved_AB), gap)
+    best = int(off_AB.argmin())
+    row, column = divmod(best, len(cheap))
+    return (row, column) if off_AB[row, column] < gap else None
 
 
 def split_packs(pack_N: Ints, lengths_N: Ints, num_packs: int) -> Ints:
