@@ -1,7 +1,5 @@
 """The volume store: what was written comes back, and nothing else passes for it."""
 
-import hashlib
-import io
 import json
 import multiprocessing
 import pickle
@@ -13,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from anycontrast_datasets.files import sha256_file
@@ -22,11 +18,9 @@ from anycontrast_datasets.intensity import pack_occupancy
 from anycontrast_datasets.record_json import record_to_json
 from anycontrast_datasets.shard_commit import write_arrays
 from anycontrast_datasets.shard_receipt import ShardReceipt
-from anycontrast_datasets.store import study_records
 from anycontrast_datasets.store.codec import checksum, decode_into, encode
 from anycontrast_datasets.store.reader import open_store
-from anycontrast_datasets.store.study_records import StudyRecords
-from anycontrast_datasets.store.volume_index import MemberRow, index_bytes
+from anycontrast_datasets.store.volume_index import MemberRow
 from anycontrast_datasets.store.volume_writer import ShardWriter
 from anycontrast_datasets.study import (
     ShardError,
@@ -256,64 +250,6 @@ def test_swapped_shards_are_found(folder: Path) -> None:
         open_store(folder).read(0)
 
 
-@pytest.mark.parametrize("name", ["dataset.json", "index.parquet"])
-def test_missing_or_damaged_table_is_a_clear_error(folder: Path, name: str) -> None:
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ShardError, match=name.replace(".", r"\.")):
-        open_store(folder)
-    (folder / name).unlink()
-    with pytest.raises(ShardError, match=name.replace(".", r"\.")):
-        open_store(folder)
-
-
-def test_newer_schema_is_refused_with_the_remedy(folder: Path) -> None:
-    values = json.loads((folder / "dataset.json").read_text())
-    values["schema_version"] = 99
-    (folder / "dataset.json").write_text(json.dumps(values))
-    with pytest.raises(ShardError, match=r"newer than.*upgrade"):
-        open_store(folder)
-
-
-def test_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="not a folder"):
-        open_store(tmp_path / "nowhere")
-
-
-def rewritten_index(folder: Path, rows: list[MemberRow]) -> None:
-    """Replace the index by one that is consistent in itself but not with the records."""
-    change_dataset(folder, index_bytes(rows))
-
-
-def change_dataset(folder: Path, index: bytes) -> None:
-    (folder / "index.parquet").write_bytes(index)
-    values = json.loads((folder / "dataset.json").read_text())
-    values["index_sha256"] = hashlib.sha256(index).hexdigest()
-    (folder / "dataset.json").write_text(json.dumps(values))
-
-
-def test_contrast_missing_from_the_index_is_found(folder: Path, pristine: Pristine) -> None:
-    rows = [r for receipt in pristine[1] for r in receipt.members]
-    rows = [r for r in rows if (r.study_id, r.contrast) != ("case-0", "FLAIR")]
-    rewritten_index(folder, sorted(rows, key=lambda r: r.study_id))
-    with pytest.raises(ShardError, match=r"case-0.*must list"):
-        open_store(folder).read(0)
-
-
-def test_record_that_differs_from_the_one_in_the_tar_is_found(
-    folder: Path, pristine: Pristine
-) -> None:
-    rows = []
-    for row in (r for receipt in pristine[1] for r in receipt.members):
-        if row.study_id == "case-0" and row.record:
-            row = replace(row, record=record_to_json(replace(arrays_of(0).record, split="val")))
-        rows.append(row)
-    rewritten_index(folder, sorted(rows, key=lambda r: r.study_id))
-    with pytest.raises(ShardError, match="differs from the record"):
-        open_store(folder).read(0)
-
-
 def test_threads_read_the_same(folder: Path) -> None:
     store = open_store(folder)
     with ThreadPoolExecutor(4) as pool:
@@ -394,102 +330,6 @@ def test_frame_of_another_size_is_refused_before_decoding() -> None:
         decode_into(b"", np.empty(512, np.int16))
 
 
-@pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        ({"shard": "../shard-000000.tar"}, "not listed"),
-        ({"shard": "/etc/passwd"}, "not listed"),
-        ({"shard": "shard-000001.tar"}, "another shard"),
-        ({"study_id": "case-1"}, "another study"),
-        ({"offset": -512}, "beyond its end"),
-        ({"offset": 2**62}, "beyond its end"),
-        ({"bytes": -1}, "beyond its end"),
-        ({"bytes": 0}, "beyond its end"),
-        ({"bytes": 2**62}, "beyond its end"),
-        ({"offset": 2**62, "bytes": 2**62}, "beyond its end"),
-        ({"offset": 512}, "members out of order"),
-        ({"shape": (2**20, 2**20, 2**20)}, "a shape"),
-        ({"shape": (16, -8, 24)}, "a shape"),
-        ({"shape": (16, 0, 24)}, "a shape"),
-        ({"shape": (1, 1, 1)}, "a shape"),
-        ({"shape": (3072, 1)}, "a shape"),
-        ({"shape": ()}, "a shape"),
-        ({"dtype": "object"}, "a shape or type"),
-        ({"xxh3_64": None}, "null"),
-    ],
-)
-def test_index_that_no_writer_makes_is_refused_at_opening(
-    folder: Path, pristine: Pristine, changed: dict[str, Any], why: str
-) -> None:
-    rows = sorted((r for receipt in pristine[1] for r in receipt.members), key=lambda r: r.study_id)
-    assert (rows[1].study_id, rows[1].contrast) == ("case-0", "FLAIR")
-    whole_study = why == "not listed"
-    rows = [
-        replace(row, **changed) if n == 1 or (whole_study and row.study_id == "case-0") else row
-        for n, row in enumerate(rows)
-    ]
-    rewritten_index(folder, rows)
-    with pytest.raises(ShardError, match=rf"case-.*{why}.*anycontrast shard"):
-        open_store(folder)
-
-
-@pytest.mark.parametrize("missing", ["record", "column"])
-def test_index_without_a_record_or_a_column_is_refused(
-    folder: Path, pristine: Pristine, missing: str
-) -> None:
-    rows = [r for receipt in pristine[1] for r in receipt.members]
-    content = index_bytes(rows[:-1])
-    if missing == "column":
-        buffer = io.BytesIO()
-        pq.write_table(pq.read_table(io.BytesIO(index_bytes(rows))).drop(["offset"]), buffer)
-        content = buffer.getvalue()
-    change_dataset(folder, content)
-    with pytest.raises(ShardError, match=r"the last study has no record|not one of ours"):
-        open_store(folder)
-
-
-@pytest.mark.parametrize(
-    "name", ["../shard-000000.tar", "/etc/passwd", "a/b.tar", "", "shard.tar\n", "SHARD.tar", 7]
-)
-def test_shard_names_that_could_lead_elsewhere_are_refused(folder: Path, name: object) -> None:
-    values = json.loads((folder / "dataset.json").read_text())
-    values["shards"][0]["name"] = name
-    (folder / "dataset.json").write_text(json.dumps(values))
-    with pytest.raises(ShardError, match="no name of a shard"):
-        open_store(folder)
-
-
-@pytest.mark.parametrize("shards", [None, 3, [{}], [{"name": "a.tar", "bytes": -1, "sha256": ""}]])
-def test_list_of_shards_that_is_none_is_refused(folder: Path, shards: object) -> None:
-    values = json.loads((folder / "dataset.json").read_text())
-    values["shards"] = shards
-    (folder / "dataset.json").write_text(json.dumps(values))
-    with pytest.raises(ShardError, match="not those of a writer of ours"):
-        open_store(folder)
-
-
-@pytest.mark.parametrize("content", [b"[]", b"7", b'{"schema_version": []}', b"[" * 100_000])
-def test_dataset_that_is_no_object_is_refused(folder: Path, content: bytes) -> None:
-    (folder / "dataset.json").write_bytes(content)
-    with pytest.raises(ShardError, match=r"dataset\.json is damaged"):
-        open_store(folder)
-
-
-@pytest.mark.parametrize("kind", ["volume", "zarr"])
-def test_a_store_without_a_fingerprint_is_damaged(folder: Path, kind: str) -> None:
-    dataset = json.loads((folder / "dataset.json").read_text())
-    del dataset["fingerprint"]
-    (folder / "dataset.json").write_text(json.dumps({**dataset, "kind": kind}))
-    with pytest.raises(ShardError, match=r"dataset\.json is damaged \(no fingerprint\)"):
-        open_store(folder)
-
-
-def test_unknown_kind_of_store_is_refused(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"kind": "cloud"}')
-    with pytest.raises(ShardError, match=r"of kind 'cloud'.*upgrade"):
-        open_store(folder)
-
-
 def test_studies_are_decoded_into_the_slots_of_the_caller(folder: Path) -> None:
     store = open_store(folder)
     slots = {name: np.empty(16 * 24 * 24, dtype=np.int16) for names in SETS for name in names}
@@ -532,32 +372,3 @@ def test_crops_and_patches_are_those_of_the_whole_study(folder: Path) -> None:
     np.testing.assert_array_equal(patches["FLAIR"], expected)
     with pytest.raises(ValueError, match="indices must be"):
         store.read_patches(0, (8, 8, 10), {"T1w": np.array([6])})
-
-
-def test_records_are_parsed_when_asked_for_and_known_by_column_before(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = open_store(folder).records
-    assert isinstance(records, StudyRecords) and len(records) == 3
-    with monkeypatch.context() as patch:
-        patch.setattr(study_records, "record_from_json", lambda text: pytest.fail("parsed"))
-        assert records.field("split").tolist() == ["train"] * 3
-        assert records.field("study_id").tolist() == ["case-0", "case-1", "case-2"]
-        assert records.contrasts == SETS
-    assert records[-1] == arrays_of(2).record and records[0] is records[0]
-    assert records == tuple(arrays_of(n).record for n in range(3)) == records[:]
-    assert records[1:] == tuple(records)[1:]
-    assert pickle.loads(pickle.dumps(records)) == records
-    with pytest.raises(IndexError):
-        records[3]
-    with pytest.raises(ShardError, match="has no nonsense"):
-        records.field("nonsense")
-
-
-def test_a_field_is_what_json_says_whatever_is_in_it() -> None:
-    odd = 'a "split":"val" \\ é \n'
-    record = replace(arrays_of(1).record, dataset=odd)
-    texts = pa.chunked_array([[record_to_json(record)]])
-    records = StudyRecords(texts, lambda: (("T2w",),))
-    assert records.field("dataset").tolist() == [odd]
-    assert records.field("split").tolist() == ["train"]
