@@ -20,6 +20,9 @@ from anycontrast_datasets.study import ShardError
 SCHEMES = ("file", "s3", "gs", "https", "http", "memory")
 UNREACHABLE = "store_unreachable"
 """Code of a ShardError that blames the way to the bytes, not the bytes."""
+_ADVICE_BYTES = 2**17
+"""Asked for at a time: of a longer range the kernel fetches its read-ahead only, often this."""
+_PROBE_BYTES = 2**21
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}(/[A-Za-z0-9_.-]{1,128}){0,15}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _LOST_SLASH = re.compile(r"(file|s3|gs|https?|memory):/[^/]")
@@ -199,7 +202,13 @@ class LocalSource:
         except OSError:
             return  # The read itself will say what is wrong.
         try:
-            os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+            if _is_cached(handle, start, stop):
+                return
+            for first in range(start, stop, _ADVICE_BYTES):
+                size = min(_ADVICE_BYTES, stop - first)
+                os.posix_fadvise(handle, first, size, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # As above.
         finally:
             os.close(handle)
 
@@ -244,6 +253,17 @@ def _pread(handle: int, start: int, stop: int) -> memoryview:
             )
         done += got
     return content
+
+
+def _is_cached(handle: int, start: int, stop: int) -> bool:
+    """Say whether a range lies in the file cache, going by a byte in every 2 MiB and the last."""
+    byte = bytearray(1)
+    try:
+        for at in (*range(start, stop, _PROBE_BYTES), stop - 1):
+            os.preadv(handle, [byte], at, os.RWF_NOWAIT)
+    except OSError:  # Not there yet, or a file system that cannot say.
+        return False
+    return True
 
 
 def _is_loopback(host: str) -> bool:
