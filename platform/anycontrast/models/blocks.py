@@ -12,10 +12,19 @@ from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
 from anycontrast_kernels.attention import varlen_attention
+from anycontrast_kernels.linear import linear
 from anycontrast_kernels.sequences import Sequences
 
 LAYER_NORM_EPS = 1e-5
 """As BM-MAE and PyTorch; 1e-6 (timm) is below what bfloat16 and float16 inputs resolve."""
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with the CPU's faster matrix product, see `anycontrast_kernels.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return linear(x, self.weight, self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -24,8 +33,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x_TD: Tensor, runs: Sequences) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -41,9 +50,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.out = Linear(width, width)
 
     def forward(
         self, x_MD: Tensor, memory_ND: Tensor, runs: Sequences, memory_runs: Sequences
@@ -60,7 +69,7 @@ class MLP(nn.Sequential):
     """Linear, GELU, linear."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
-        super().__init__(nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, width))
+        super().__init__(Linear(width, hidden_width), nn.GELU(), Linear(hidden_width, width))
 
 
 class Block(nn.Module):

@@ -20,6 +20,7 @@ from anycontrast.models.blocks import (
     LAYER_NORM_EPS,
     Block,
     CrossBlock,
+    Linear,
     init_blocks,
     run_block,
 )
@@ -61,14 +62,14 @@ class Decoder(nn.Module):
         self.config = config
         hidden_width = int(config.width * config.mlp_ratio)
         block = Block if config.kind == "joint" else CrossBlock
-        self.project = nn.Linear(config.encoder_width, config.width)
+        self.project = Linear(config.encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(config.width))
         self.contrast_embedding = nn.Embedding(NUM_CONTRAST_IDS, config.width)
         self.blocks = nn.ModuleList(
             block(config.width, config.num_heads, hidden_width) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(config.width, config.num_voxels)
+        self.head = Linear(config.width, config.num_voxels)
         init_blocks(self)
         init.trunc_normal_(self.mask_token, std=0.02)
 

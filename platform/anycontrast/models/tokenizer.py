@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import init
 
+from anycontrast.models.blocks import Linear
 from anycontrast_datasets.contrast import DESCRIPTOR_SIZE, NUM_CONTRAST_IDS
 
 
@@ -46,7 +47,7 @@ class DynamicTokenizer(nn.Module):
         super().__init__()
         self.paper_exact = paper_exact
         # The bias is no part of `projection`: the scale applies to the product, not to it.
-        self.projection = nn.Linear(num_voxels, width, bias=False)
+        self.projection = Linear(num_voxels, width, bias=False)
         self.bias = nn.Parameter(self.projection.weight.new_zeros(width))
         self.contrast_vector = nn.Embedding(NUM_CONTRAST_IDS, contrast_vector_size)
         self.modulation = nn.Linear(contrast_vector_size, 2 * width)
