@@ -154,7 +154,7 @@ def test_patch_layouts_deliver_and_a_step_runs(
     config = PatchesBenchConfig(folder=str(tmp_path), rounds=1, shares=(0.5, 1.0))
     result = json.loads(json.dumps(patches.run(config)))
     assert set(result["layouts"]) == {
-        patches.VOLUMES, patches.TWO_DRAWS, patches.PACKED, "groups zstd-5", "groups lz4-5",
+        patches.VOLUMES, patches.TWO_DRAWS, patches.PACKED, "groups zstd-5", "groups lz4hc-5",
     }  # fmt: skip
     assert all(row["mb_per_study"] > 0 for row in result["layouts"].values())
     assert result["step"]["cpu_ms"] > 0 and result["markdown"].count("\n") == 6

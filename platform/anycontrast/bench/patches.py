@@ -25,7 +25,7 @@ from anycontrast.bench.patch_groups import (
 from anycontrast.bench.studies import bench_studies
 from anycontrast.bench.timing import alternate, markdown_table
 from anycontrast_datasets.pack import pack_studies
-from anycontrast_datasets.store.codec import CodecName
+from anycontrast_datasets.store.codec import DEFAULT_CODEC, DEFAULT_LEVEL, CodecName
 from anycontrast_datasets.store.partial import gather_patches
 from anycontrast_datasets.store.reader import StudyStore, open_store
 from anycontrast_datasets.study import StudyArrays
@@ -33,10 +33,10 @@ from anycontrast_datasets.study import StudyArrays
 PATCH_VOX = (16, 16, 16)
 VISIBLE_SHARE = 0.3
 TARGET_SHARE = 0.25
-VOLUMES = "volumes zstd-5, one mask a decode"
-TWO_DRAWS = "volumes zstd-5, two masks a decode"
-PACKED = "volumes zstd-5, all packed"
-CODECS: tuple[CodecName, ...] = ("zstd", "lz4")
+VOLUMES = f"volumes {DEFAULT_CODEC}-{DEFAULT_LEVEL}, one mask a decode"
+TWO_DRAWS = f"volumes {DEFAULT_CODEC}-{DEFAULT_LEVEL}, two masks a decode"
+PACKED = f"volumes {DEFAULT_CODEC}-{DEFAULT_LEVEL}, all packed"
+CODECS: tuple[CodecName, ...] = ("zstd", "lz4hc")
 Way = Callable[[int], object]
 Patches = dict[str, npt.NDArray[np.int64]]
 
