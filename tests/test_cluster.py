@@ -1,21 +1,16 @@
-"""A real Ray head of our own (own ports, temporary folder, token) and jobs submitted to it."""
+"""Jobs submitted to a real Ray head of our own: they train, are refused, survive a worker."""
 
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +21,6 @@ from anycontrast.training.config import load_config
 from anycontrast_datasets.shard_ray import protect_own_cluster
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 
 CONFIG = """\
 name: job
@@ -40,81 +34,11 @@ pretrain: {steps: 6, log_every: 1, checkpoint_every: 2, panel_every: -1,
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@dataclass
-class Head:
-    address: str
-    env: dict[str, str]
-
-    def submit(self, *words: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(BIN / "ray"), "job", "submit", "--address", self.address, "--", *words],
-            env=self.env,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-
-
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    # Socket paths are limited to about 100 characters, so not pytest's own temporary folder.
-    temporary = tempfile.mkdtemp(prefix="ac-ray-", dir="/tmp")
-    home = Path(temporary) / "home"
-    home.mkdir()
-    env = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-        "HOME": str(home),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    dashboard = free_port()
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4"]
-    command += [f"--port={free_port()}", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={free_port()}", "--dashboard-host=127.0.0.1"]
-    command += [f"--temp-dir={temporary}/r", "--node-ip-address=127.0.0.1"]
-    with (Path(temporary) / "head.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            started = Head(f"http://127.0.0.1:{dashboard}", env)
-            wait_for(started)
-            yield started
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(10)
-
-
-def wait_for(head: Head, timeout_s: float = 90) -> None:
-    end_s = time.monotonic() + timeout_s
-    request = urllib.request.Request(
-        f"{head.address}/api/version",
-        headers={"Authorization": f"Bearer {head.env['RAY_AUTH_TOKEN']}"},
-    )
-    while time.monotonic() < end_s:
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError("the Ray head did not answer")
+def nodes(ray_nodes: Callable[..., Any]) -> Any:
+    made = ray_nodes()
+    made.start()
+    return made
 
 
 @pytest.fixture
@@ -158,15 +82,16 @@ def test_the_keyboard_ends_a_run_on_ray_as_interrupted(
 
 
 @pytest.mark.cluster
-def test_a_submitted_job_pretrains_on_two_workers(head: Head, config: Path, tmp_path: Path) -> None:
+def test_a_submitted_job_pretrains_on_two_workers(nodes: Any, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "job"
     (run / "pretrain").mkdir(parents=True)
     # What a second job, started on this folder by mistake, would leave.
     (run / "pretrain" / "failure-other.json").write_text('{"kind": "ConfigError", "message": "x"}')
-    done = head.submit("python", "recipes/amae_pretrain.py", str(config), f"root={tmp_path}")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    code, text = nodes.run("python", "recipes/amae_pretrain.py", str(config), f"root={tmp_path}")
+    assert code == 0, text[-4000:]
     assert not list((run / "pretrain").glob(".launch*"))
-    assert "2 process(es)" in done.stdout
+    assert "2 process(es)" in text
+    assert text.count(f"from {nodes.code}/platform/anycontrast") >= 2, "driver and workers say it"
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]
     state = json.loads((run / "pretrain/checkpoints/step-00000006/state.json").read_text())
     assert state["world_size"] == 2
@@ -192,21 +117,15 @@ def test_a_submitted_job_pretrains_on_two_workers(head: Head, config: Path, tmp_
 
 
 @pytest.mark.cluster
-def test_the_job_port_refuses_whoever_has_no_token(head: Head) -> None:
-    request = urllib.request.Request(
-        f"{head.address}/api/jobs/",
-        data=json.dumps({"entrypoint": "true"}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
-    assert refused.value.code == 401
-    refused.value.close()
+def test_the_job_port_refuses_whoever_has_no_token_or_another(nodes: Any) -> None:
+    assert nodes.get("/api/jobs/", token="") == 401
+    assert nodes.get("/api/jobs/", token="0" * 64) == 403
+    assert nodes.get("/api/jobs/") == 200
 
 
 @pytest.mark.cluster
 def test_an_error_no_restart_can_mend_ends_the_job_at_once(
-    head: Head, config: Path, tmp_path: Path
+    nodes: Any, config: Path, tmp_path: Path
 ) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "anycontrast.cli", "scan", str(config), f"root={tmp_path}"],
@@ -227,10 +146,10 @@ def test_an_error_no_restart_can_mend_ends_the_job_at_once(
     for position in range(2000, len(data), 4000):
         data[position] ^= 0x10
     shard.write_bytes(bytes(data))
-    done = head.submit("python", "recipes/amae_pretrain.py", str(config), f"root={tmp_path}")
-    assert done.returncode != 0
-    assert "shard-000000.tar" in done.stdout
-    assert "anycontrast: error:" in done.stdout
+    code, text = nodes.run("python", "recipes/amae_pretrain.py", str(config), f"root={tmp_path}")
+    assert code != 0
+    assert "shard-000000.tar" in text
+    assert "anycontrast: error:" in text
     assert not (tmp_path / "job" / "pretrain" / "checkpoints").exists() or not list(
         (tmp_path / "job" / "pretrain" / "checkpoints").glob("step-*")
     )
@@ -238,19 +157,12 @@ def test_an_error_no_restart_can_mend_ends_the_job_at_once(
 
 @pytest.mark.cluster
 def test_a_killed_worker_is_replaced_and_the_run_reaches_its_last_step(
-    head: Head, config: Path, tmp_path: Path
+    nodes: Any, config: Path, tmp_path: Path
 ) -> None:
     steps = 600
     words = ["python", "recipes/amae_pretrain.py", str(config), f"root={tmp_path}"]
     words += [f"pretrain.steps={steps}", "pretrain.checkpoint_every=20", "pretrain.log_every=20"]
-    job = subprocess.Popen(
-        [str(BIN / "ray"), "job", "submit", "--address", head.address, "--", *words],
-        env=head.env,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = nodes.submit(*words)
     assert job.stdout is not None
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(job.stdout or []))

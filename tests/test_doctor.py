@@ -238,8 +238,9 @@ def diagnose(nodes: Any, folder: Path, *words: str) -> tuple[int, dict[str, Any]
     script = folder / "ask.py"
     script.write_text(SCRIPT)
     code, text = nodes.run("python", str(script), f"root={folder / 'runs'}", *words)
-    (line,) = [line for line in text.splitlines() if line.startswith("DIAGNOSIS")]
-    found = json.loads(line.removeprefix("DIAGNOSIS"))
+    lines = [line for line in text.splitlines() if line.startswith("DIAGNOSIS")]
+    assert len(lines) == 1, text[-3000:]
+    found = json.loads(lines[0].removeprefix("DIAGNOSIS"))
     return code, {one["check"]: one for one in found["findings"]}
 
 
@@ -251,7 +252,9 @@ def test_the_doctor_of_a_cluster_asks_every_node_and_finds_the_one_that_is_cut_o
     nodes = ray_nodes()
     nodes.start()
     nodes.start()
-    code, found = diagnose(nodes, tmp_path, "cluster.num_workers=4")
+    code, found = diagnose(
+        nodes, tmp_path, "cluster.num_workers=4", "pretrain.stream.packs_per_step=4"
+    )
     assert code == 0, found
     assert {one["state"] for one in found.values()} <= {"ok", "warn"}
     assert found["ray"]["found"].endswith("on 2 nodes")
@@ -261,7 +264,7 @@ def test_the_doctor_of_a_cluster_asks_every_node_and_finds_the_one_that_is_cut_o
     assert found["clocks"]["state"] == "ok"
     # A third node whose processes look for the others on an interface that is not there.
     nodes.start(env={"GLOO_SOCKET_IFNAME": "nowhere0"})
-    code, found = diagnose(nodes, tmp_path, "cluster.num_workers=64")
+    code, found = diagnose(nodes, tmp_path, "cluster.cpus_per_worker=64")
     assert code == 1
     assert found["gloo"]["state"] == "fail"
     assert "GLOO_SOCKET_IFNAME" in found["gloo"]["remedy"]

@@ -2,11 +2,12 @@
 
 Ray Train places one worker per GPU (or CPU share), joins them into a process group and restarts
 the group when one dies; each restart resumes from the newest checkpoint of the run folder, which
-must lie on a filesystem that all nodes share. Checkpoints are ours, so nothing waits for Ray to
-commit them. What no restart can mend (bad configuration, corrupt shard, missing checkpoint file)
-is written to `failure-ATTEMPT.json`, ends the run at once, and is raised again in the driver as it
-was. Files between driver and workers carry the attempt's name: a second job that is started on the
-same folder by mistake ends itself and nothing else.
+must lie on a filesystem that all nodes share. When a node is drained the run saves at once, so that
+nothing is lost when it goes. Checkpoints are ours, so nothing waits for Ray to commit them. What no
+restart can mend (bad configuration, corrupt shard, missing checkpoint file) is written to
+`failure-ATTEMPT.json`, ends the run at once, and is raised again in the driver as it was. Files
+between driver and workers carry the attempt's name: a second job that is started on the same folder
+by mistake ends itself and nothing else.
 """
 
 import json
@@ -16,7 +17,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -267,7 +268,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         with RayMetrics(config.name, PretrainTask.kind, rank=rank) as metrics:
             if rank == 0:
                 metrics.restarted(_count_start(pretrain / f".launch-{attempt}") - 1)
-            result = pretrain_worker(config)
+            result = pretrain_worker(config, save_requested=_new_preemption())
     except Exception as error:
         kind = next((k for k, known in _FINAL.items() if isinstance(error, known)), None)
         if kind is not None:
@@ -277,6 +278,31 @@ def _worker(arguments: dict[str, Any]) -> None:
     if rank == 0:
         _record(pretrain / f"result-{attempt}.json", result)
     ray.train.report({"step": result.get("step", 0)})
+
+
+def _new_preemption() -> Callable[[], bool]:
+    """Return a question: has a node of the run been told, since last asked, that it will go?
+
+    Training then saves and goes on; Ray Train ends the group when the node goes, and starts another
+    from that checkpoint. Ray's own `get_preemption_info` would make every step wait for all ranks,
+    who agree on the answer anyway when they sum it.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    known: list[Any] = [None]
+
+    def is_new() -> bool:
+        notice = get_train_context().preemption_context.preemption_info
+        if notice is None or notice == known[0]:
+            return False
+        known[0] = notice
+        logger.warning(
+            "node(s) %s of this run will go: saving now",
+            ", ".join(notice.preempted_node_ids),
+        )
+        return True
+
+    return is_new
 
 
 def _check_node(pretrain: Path, arguments: dict[str, Any]) -> None:

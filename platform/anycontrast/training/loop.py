@@ -115,6 +115,7 @@ def run_loop(
     run_config: Mapping[str, Any],
     extra_state: Mapping[str, Any] | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    save_requested: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Train `task` until its last step; resume by itself. Every rank calls it alike.
 
@@ -128,6 +129,7 @@ def run_loop(
         run_config: JSON, stored in every checkpoint as `config`.
         extra_state: JSON, stored at the top level of every `state.json`.
         stop_requested: asked at every step besides SIGTERM; True on any rank stops all.
+        save_requested: asked at every step; True on any rank saves a checkpoint after that step.
 
     Returns:
         `{"step", "checkpoint", "loss", "skipped_steps", "quarantined_studies"}`; `checkpoint` is a
@@ -155,6 +157,7 @@ def run_loop(
             load_model(found, task.model)
         stopping = stack.enter_context(stop_signal(stop_requested))
         run = _Run(task, stream, config, folder, num_steps, stopping)
+        run.saving = save_requested or run.saving
         run.state = {
             "kind": task.kind,
             "model_config": dict(task.model_config),
@@ -185,6 +188,7 @@ class _Run:
     ) -> None:
         self.task, self.stream, self.config = task, stream, config
         self.folder, self.num_steps, self.stopping = folder, num_steps, stopping
+        self.saving: Callable[[], bool] = lambda: False
         self.meter = Meter()
         self.writer: MetricsWriter | None = None
         self.show: OnProgress = lambda done, total: None
@@ -221,13 +225,14 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """Step until the last step or a request to stop."""
         for packs in chain([self.first], self.stream):
-            micros, is_stopping = self.step(packs)
+            micros, is_stopping, is_saving = self.step(packs)
             step = packs.step + 1
             is_last = step == self.num_steps
             if is_last or is_stopping or step % self.config.log_every == 0:
                 self.log(step, packs.epoch)
             is_best = self.is_due(self.config.validate_every, step) and self.validate(step)
-            if is_last or is_stopping or is_best or step % self.config.checkpoint_every == 0:
+            is_due = step % self.config.checkpoint_every == 0
+            if is_last or is_stopping or is_saving or is_best or is_due:
                 path = self.save(step)
             if is_best:
                 self.name_best(step, path)
@@ -245,18 +250,19 @@ class _Run:
                 )
         raise AssertionError("the stream is endless")
 
-    def step(self, packs: StepPacks) -> tuple[list[Micro], bool]:
-        """One optimiser step over all packs of all ranks; also whether any rank is to stop."""
+    def step(self, packs: StepPacks) -> tuple[list[Micro], bool, bool]:
+        """One optimiser step over all packs of all ranks; also whether to stop, and to save."""
         engine, start_s = self.engine, time.perf_counter()
         engine.set_lr(lr_at(packs.step, self.num_steps, self.config.optim))
         micros = [
             self.task.prepare(batch, step=packs.step, device=engine.device) for batch in packs.packs
         ]
         own_count = float(sum(micro.count for micro in micros))
-        # One sum for all: every rank learns the global count, whether anyone is to stop, and
-        # whether anyone met a damaged study.
-        own = [own_count, float(self.stopping()), float(len(packs.damages))]
-        count, num_stopping, num_damages = reduce_sums(own, engine.device)
+        # One sum for all: every rank learns the global count, whether anyone is to stop or to save,
+        # and whether anyone met a damaged study.
+        own = [own_count, self.stopping(), self.saving(), len(packs.damages)]
+        summed = reduce_sums([float(value) for value in own], engine.device)
+        count, num_stopping, num_saving, num_damages = summed
         parts: list[Parts] = []
         for micro in micros:
             loss, found = engine.loss(micro)
@@ -271,7 +277,7 @@ class _Run:
         self.data.note(packs, num_damages=int(num_damages))
         self.show(packs.step + 1, self.num_steps)
         logger.debug("step %d took %.3f s", packs.step + 1, time.perf_counter() - start_s)
-        return micros, num_stopping > 0
+        return micros, num_stopping > 0, num_saving > 0
 
     def report_bad_step(self, step: int, micros: list[Micro], parts: list[Parts]) -> None:
         """Name the studies of a skipped step; stop when there are too many in a row."""

@@ -114,13 +114,17 @@ def run_pretrain(config: "Config") -> dict[str, Any]:
 
 
 def pretrain_worker(
-    config: "Config", *, stop_requested: Callable[[], bool] | None = None
+    config: "Config",
+    *,
+    stop_requested: Callable[[], bool] | None = None,
+    save_requested: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Pretrain on this rank: the process group of Ray or torchrun, or a group of one.
 
     Args:
         config: the run's configuration, the same on every rank.
         stop_requested: see `loop.run_loop`.
+        save_requested: see `loop.run_loop`.
 
     Returns:
         See `loop.run_loop`.
@@ -160,6 +164,7 @@ def pretrain_worker(
             folder=config.paths.pretrain,
             run_config=config_to_record(config),
             stop_requested=stop_requested,
+            save_requested=save_requested,
         )
 
 
