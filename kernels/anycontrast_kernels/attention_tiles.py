@@ -10,7 +10,8 @@ on a multiprocessor (`compile_check` shows registers and shared memory). They we
 compiled code and not timed on a GPU.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +20,10 @@ HEAD_DIMS = (32, 64, 96, 128)
 
 CAPABILITIES = (80, 90, 100)
 """Chips with a table of their own; another chip uses the nearest one below it."""
+
+
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+"""A multiply and an add become one instruction; Triton 3.9 leaves that off."""
 
 
 class Tiling(NamedTuple):
@@ -50,16 +55,16 @@ class TileRows(NamedTuple):
 
 
 _HALF = {
-    (80, 64): Tilings(Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (80, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    (80, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
+    (80, 128): Tilings(Tiling(128, 32, 8, 3), Tiling(128, 32, 8, 2), Tiling(128, 32, 8, 2)),
     (90, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
-    (90, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
-    (100, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
+    (90, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 2)),
+    (100, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
     (100, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
 }
 _SINGLE = {
-    64: Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
-    128: Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
+    64: Tilings(Tiling(64, 32, 8, 2), Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2)),
+    128: Tilings(Tiling(64, 16, 8, 2), Tiling(64, 16, 8, 2), Tiling(64, 16, 8, 2)),
 }
 
 
@@ -78,6 +83,11 @@ def tilings(head_dim: int, dtype: torch.dtype, capability: int) -> Tilings:
     return _HALF[nearest, width]
 
 
+def padded(head_dim: int) -> int:
+    """Columns a tile has in registers: the next power of two."""
+    return 1 << (head_dim - 1).bit_length()
+
+
 def capability_of(device: torch.device) -> int:
     """Compute capability of a CUDA device as one number; the interpreter counts as 90."""
     if device.type != "cuda":
@@ -90,3 +100,57 @@ def tile_rows(head_dim: int, dtype: torch.dtype, device: torch.device) -> TileRo
     """Return which tile list each launcher takes: `tiles_64` or `tiles_128` by its rows."""
     forward, dkdv, dq = tilings(head_dim, dtype, capability_of(device))
     return TileRows(forward_q=forward.rows, backward_q=dq.rows, backward_k=dkdv.rows)
+
+
+def shipped() -> Iterator[tuple[int, torch.dtype, int, Tilings]]:
+    """Yield (head dim, dtype, capability, tilings) of every code that is compiled differently.
+
+    The two half precisions differ only in the instruction that multiplies, and fp32 is computed
+    without tensor cores, alike on every chip: those are listed for one chip.
+    """
+    for head_dim in HEAD_DIMS:
+        for capability in CAPABILITIES:
+            yield (
+                head_dim,
+                torch.bfloat16,
+                capability,
+                tilings(head_dim, torch.bfloat16, capability),
+            )
+        for dtype in (torch.float16, torch.float32):
+            yield head_dim, dtype, 90, tilings(head_dim, dtype, 90)
+
+
+def compile_cases(
+    kernel: Any, rows_name: str, columns_name: str, index: int
+) -> list[tuple[Any, dict[str, str], dict[str, object], list[str], dict[str, object]]]:
+    """List what `compile_check` compiles of one attention kernel.
+
+    Args:
+        kernel: the decorated function; the types follow from the names of its arguments.
+        rows_name: compile-time argument that takes the rows of a tile.
+        columns_name: the one that takes its columns.
+        index: of the kernel's entry in `Tilings`.
+    """
+    names: list[str] = [name for name in kernel.arg_names if not name.isupper()]
+    pointers = {"lse": "*fp32", "lse2": "*fp32", "delta": "*fp32"}
+    pointers |= {"cu_q": "*i32", "cu_k": "*i32", "tiles": "*i32"}
+    codes = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    cases = []
+    for head_dim, dtype, capability, entry in shipped():
+        types: dict[str, str] = {}
+        for name in names:
+            is_number = name.startswith(("num_", "scale")) or name.endswith("_stride")
+            number = "fp32" if name.startswith("scale") else "i32"
+            types[name] = number if is_number else pointers.get(name, codes[dtype])
+        multiples = [n for n in names if types[n].startswith("*") or n.endswith("_stride")]
+        tiling = entry[index]
+        constexprs: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+        constexprs |= {rows_name: tiling.rows, columns_name: tiling.columns, "UPCAST": False}
+        options: dict[str, object] = {
+            "num_warps": tiling.warps,
+            "num_stages": tiling.stages,
+            **COMPILER_OPTIONS,
+        }
+        options["capabilities"] = (capability,)
+        cases.append((kernel, types, constexprs, multiples, options))
+    return cases

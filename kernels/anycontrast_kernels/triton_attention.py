@@ -6,7 +6,8 @@ memory. What is particular here:
 
 - The grid is the exact tile list of the pack times the heads: no program is launched for rows that
   do not exist, whatever the longest sequence is. A padding entry (-1) owns no rows.
-- Only the last tile of keys is masked; the loop over whole tiles carries no mask.
+- Only the last tile of keys is masked, and it is taken first, while few registers are live; the
+  loop over the whole tiles carries no mask.
 - log2(e) is folded into the scale, so a probability is one multiply-add and one exp2.
 - fp32 accumulation; fp32 inputs are multiplied in true fp32 (`ieee`), never in TF32.
 - Rows of the output beyond the last offset (capacity padding) are written as 0 by all programs in
@@ -27,13 +28,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anycontrast_kernels.attention_tiles import capability_of, tilings
+from anycontrast_kernels.attention_tiles import (
+    COMPILER_OPTIONS,
+    capability_of,
+    compile_cases,
+    padded,
+    tilings,
+)
 
 LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2.0))
 _INTERPRETED: bool = triton.knobs.runtime.interpret
-COMPILER_OPTIONS = {"enable_fp_fusion": True}
-"""A multiply and an add become one instruction; Triton 3.9 leaves that off."""
 
 
 def must_upcast(dtype: torch.dtype) -> bool:
@@ -154,24 +159,27 @@ def forward_kernel(
     k += start_k * k_stride + head * HEAD_DIM
     v += start_k * v_stride + head * HEAD_DIM
     q_tile = load_rows(q, q_stride, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True, UPCAST)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # Finite, so that a tile without any key gives probabilities of 0 and not of NaN.
+    maximum = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = num_k // BLOCK_N * BLOCK_N
-    for _ in range(0, whole, BLOCK_N):
+    last = tl.maximum(tl.cdiv(num_k, BLOCK_N) - 1, 0) * BLOCK_N
+    maximum, total, acc = _attend(
+        q_tile, k + last.to(tl.int64) * k_stride, v + last.to(tl.int64) * v_stride,
+        k_stride, v_stride, num_k - last, scale_log2, maximum, total, acc,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, UPCAST,
+    )  # fmt: skip
+    for _ in range(0, last, BLOCK_N):
         maximum, total, acc = _attend(
             q_tile, k, v, k_stride, v_stride, 0, scale_log2, maximum, total, acc,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, UPCAST,
         )  # fmt: skip
         k += BLOCK_N * k_stride
         v += BLOCK_N * v_stride
-    if whole < num_k:
-        maximum, total, acc = _attend(
-            q_tile, k, v, k_stride, v_stride, num_k - whole, scale_log2, maximum, total, acc,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, UPCAST,
-        )  # fmt: skip
 
-    total = tl.where(total == 0.0, 1.0, total)
+    if num_k == 0:
+        total += 1.0
+        maximum += float("-inf")
     tl.store(lse + start_q + rows, (maximum + tl.log2(total)) * _LN2, mask=rows < num_q)
     out += start_q * out_stride
     store_rows(out, out_stride, acc / total[:, None], num_q, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -216,8 +224,12 @@ def attention_forward(
     forward_kernel[tiles_q.shape[0], num_heads](
         q, k, v, out, lse, cu_q, cu_k, tiles_q, scale * LOG2E, num_tokens, cu_q.shape[0] - 1,
         q.stride(0), k.stride(0), v.stride(0),
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+        HEAD_DIM=head_dim, BLOCK_D=padded(head_dim),
         BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, UPCAST=must_upcast(q.dtype),
         num_warps=tiling.warps, num_stages=tiling.stages, **COMPILER_OPTIONS,
     )  # fmt: skip
     return out, lse
+
+
+COMPILE_CASES = compile_cases(forward_kernel, "BLOCK_M", "BLOCK_N", 0)
+"""What `compile_check` compiles."""

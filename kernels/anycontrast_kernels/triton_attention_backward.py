@@ -9,8 +9,8 @@ the log-sum-exp of the forward pass:
 2. `dkdv_kernel`, a tile of keys: dv = p^T dout and dk = scale * (p * (dout v^T - delta))^T q, all
    computed transposed, so that a product leaves its result in the layout the next one reads.
 
-Rows beyond a sequence are loaded as 0 and then add exactly 0, so only the last tile of keys in the
-first pass needs a mask on p. Gradients of capacity padding are written as 0.
+Rows beyond a sequence are loaded as 0 and then add exactly 0, so the second pass needs no mask on
+p and the first only one on the last tile of keys. Gradients of capacity padding are written as 0.
 Method: FlashAttention-2 (arXiv 2307.08691), its backward pass in two passes instead of atomic adds.
 
 Letters as in `triton_attention`.
@@ -23,9 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anycontrast_kernels.attention_tiles import capability_of, tilings
-from anycontrast_kernels.triton_attention import (
+from anycontrast_kernels.attention_tiles import (
     COMPILER_OPTIONS,
+    capability_of,
+    compile_cases,
+    padded,
+    tilings,
+)
+from anycontrast_kernels.triton_attention import (
     LOG2E,
     load_rows,
     locate,
@@ -88,19 +93,19 @@ def dq_kernel(
 
     q_tile = load_rows(q, q_stride, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True, UPCAST)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = num_k // BLOCK_N * BLOCK_N
-    for _ in range(0, whole, BLOCK_N):
+    last = tl.maximum(tl.cdiv(num_k, BLOCK_N) - 1, 0) * BLOCK_N
+    acc = _dq_step(
+        q_tile, dout_tile, lse2_m, delta_m, k + last.to(tl.int64) * k_stride,
+        v + last.to(tl.int64) * v_stride, k_stride, v_stride, num_k - last, scale_log2, acc,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, UPCAST,
+    )  # fmt: skip
+    for _ in range(0, last, BLOCK_N):
         acc = _dq_step(
             q_tile, dout_tile, lse2_m, delta_m, k, v, k_stride, v_stride, 0, scale_log2, acc,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, UPCAST,
         )  # fmt: skip
         k += BLOCK_N * k_stride
         v += BLOCK_N * v_stride
-    if whole < num_k:
-        acc = _dq_step(
-            q_tile, dout_tile, lse2_m, delta_m, k, v, k_stride, v_stride, num_k - whole,
-            scale_log2, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True, UPCAST,
-        )  # fmt: skip
     store_rows(dq + start_q * dq_stride, dq_stride, acc * scale, num_q, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -108,22 +113,18 @@ def dq_kernel(
 def _dkdv_step(
     k, v, q_pointer, dout_pointer, lse2_pointer, delta_pointer, q_stride, dout_stride, limit,
     scale_log2, dk, dv, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of queries gives to the gradients of keys and values."""
     rows = tl.arange(0, BLOCK_M)
-    q = load_rows(q_pointer, q_stride, limit, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, UPCAST)
-    dout = load_rows(dout_pointer, dout_stride, limit, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, UPCAST)
-    if MASKED:
-        lse2 = tl.load(lse2_pointer + rows, mask=rows < limit, other=0.0)
-        delta = tl.load(delta_pointer + rows, mask=rows < limit, other=0.0)
-    else:
-        lse2 = tl.load(lse2_pointer + rows)
-        delta = tl.load(delta_pointer + rows)
+    q = load_rows(q_pointer, q_stride, limit, BLOCK_M, HEAD_DIM, BLOCK_D, True, UPCAST)
+    dout = load_rows(dout_pointer, dout_stride, limit, BLOCK_M, HEAD_DIM, BLOCK_D, True, UPCAST)
+    lse2 = tl.load(lse2_pointer + rows, mask=rows < limit, other=0.0)
+    delta = tl.load(delta_pointer + rows, mask=rows < limit, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     p = tl.exp2(s * scale_log2 - lse2[None, :])
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -156,21 +157,15 @@ def dkdv_kernel(
     v_tile = load_rows(v, v_stride, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, True, UPCAST)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    whole = num_q // BLOCK_M * BLOCK_M
-    for _ in range(0, whole, BLOCK_M):
+    for start in range(0, num_q, BLOCK_M):
         acc_k, acc_v = _dkdv_step(
-            k_tile, v_tile, q, dout, lse2, delta, q_stride, dout_stride, 0, scale_log2,
-            acc_k, acc_v, HEAD_DIM, BLOCK_D, BLOCK_M, False, UPCAST,
+            k_tile, v_tile, q, dout, lse2, delta, q_stride, dout_stride, num_q - start,
+            scale_log2, acc_k, acc_v, HEAD_DIM, BLOCK_D, BLOCK_M, UPCAST,
         )  # fmt: skip
         q += BLOCK_M * q_stride
         dout += BLOCK_M * dout_stride
         lse2 += BLOCK_M
         delta += BLOCK_M
-    if whole < num_q:
-        acc_k, acc_v = _dkdv_step(
-            k_tile, v_tile, q, dout, lse2, delta, q_stride, dout_stride, num_q - whole,
-            scale_log2, acc_k, acc_v, HEAD_DIM, BLOCK_D, BLOCK_M, True, UPCAST,
-        )  # fmt: skip
     dk += start_k * grad_stride
     dv += start_k * grad_stride
     store_rows(dk, grad_stride, acc_k * scale, num_k, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -220,7 +215,7 @@ def attention_backward(
     )
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     _, for_keys, for_queries = tilings(head_dim, q.dtype, capability_of(q.device))
-    block_d, upcast = triton.next_power_of_2(head_dim), must_upcast(q.dtype)
+    block_d, upcast = padded(head_dim), must_upcast(q.dtype)
     if num_tiles_q:
         dq_kernel[num_tiles_q, num_heads](
             dout, q, k, v, out, lse, lse2, delta, dq, cu_q, cu_k, tiles_q, scale, scale * LOG2E,
@@ -240,3 +235,10 @@ def attention_backward(
             **COMPILER_OPTIONS,
         )  # fmt: skip
     return dq, dk, dv
+
+
+COMPILE_CASES = [
+    *compile_cases(dkdv_kernel, "BLOCK_N", "BLOCK_M", 1),
+    *compile_cases(dq_kernel, "BLOCK_M", "BLOCK_N", 2),
+]
+"""What `compile_check` compiles."""

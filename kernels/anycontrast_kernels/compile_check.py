@@ -1,0 +1,160 @@
+"""Compile every Triton kernel we ship, for every chip, on a machine without a GPU, and look at it.
+
+Triton's wheel carries the whole tool chain, so code for a chip can be made and read anywhere. For
+each shipped configuration this checks what a launch would need: machine code exists, products of
+16-bit numbers use the tensor cores, no register spills to memory, the shared memory fits the chip.
+It says nothing about results or speed.
+
+A kernel file ends with a list `COMPILE_CASES` of tuples (kernel, signature, constexprs, attrs,
+options): the types of the run-time arguments by name, the compile-time arguments by name, the names
+of the arguments a launch would find to be multiples of 16, and the compiler's options. An option
+`capabilities` names the chips the case is for; without it, all of them.
+
+Run it as `python -m anycontrast_kernels.compile_check` with any Triton from 3.6 on the path; it
+prints a table and ends with 1 if a kernel fails.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KERNEL_MODULES = (
+    "anycontrast_kernels.triton_attention",
+    "anycontrast_kernels.triton_attention_backward",
+)
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Most shared memory one program may ask for."""
+
+_TENSOR_CORE = {
+    80: re.compile(r"\bmma\.sync"),
+    90: re.compile(r"\bwgmma\.mma_async"),
+    100: re.compile(r"\btcgen05\.mma|\bmma\.sync"),
+}
+_HALF_PRODUCT = re.compile(r"tt\.dot .*tensor<[0-9x]*x(?:f16|bf16)>")
+
+CompileCase = tuple[Any, Mapping[str, str], Mapping[str, Any], Sequence[str], Mapping[str, Any]]
+"""(kernel, signature, constexprs, attrs, options)."""
+
+
+class Job(NamedTuple):
+    """One case for one chip."""
+
+    case: CompileCase
+    capability: int
+
+    @property
+    def name(self) -> str:
+        """Kernel, chip, types and compile-time arguments in one word."""
+        kernel, signature, constexprs, _, options = self.case
+        dtype = next((t.removeprefix("*") for t in signature.values() if "f" in t), "int")
+        values = [f"{key}={value}" for key, value in constexprs.items()]
+        values += [f"{key}={options[key]}" for key in ("num_warps", "num_stages") if key in options]
+        return "-".join([kernel.fn.__name__, f"sm{self.capability}", dtype, *values])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the compiled code of one job looks like."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    tensor_instructions: int
+    problems: tuple[str, ...]
+    """Empty if the kernel may ship."""
+
+
+def jobs(cases: Sequence[CompileCase] | None = None) -> Iterator[Job]:
+    """Yield every case for every chip it is for.
+
+    Args:
+        cases: default those of all `KERNEL_MODULES`.
+    """
+    if cases is None:
+        cases = [case for name in KERNEL_MODULES for case in import_module(name).COMPILE_CASES]
+    for case in cases:
+        for capability in case[4].get("capabilities", CAPABILITIES):
+            yield Job(case, capability)
+
+
+def check(job: Job) -> Finding:
+    """Compile one job and look at the result."""
+    kernel, signature, constexprs, attrs, options = job.case
+    names = kernel.arg_names
+    places = {(names.index(name),): value for name, value in constexprs.items()}
+    multiples: dict[tuple[int, ...], list[list[object]]] = {
+        (names.index(name),): [["tt.divisibility", 16]] for name in attrs
+    }
+    types = {name: signature.get(name, "constexpr") for name in names}
+    compiled = triton.compile(
+        ASTSource(kernel, types, places, multiples),
+        target=GPUTarget("cuda", job.capability, 32),
+        options={key: value for key, value in options.items() if key != "capabilities"},
+    )
+    registers, stack, local = _resources(compiled.asm["cubin"])
+    shared = int(compiled.metadata.shared)
+    count = len(_TENSOR_CORE[job.capability].findall(compiled.asm["ptx"]))
+    problems = []
+    if not compiled.asm["cubin"]:
+        problems.append("no machine code")
+    if _HALF_PRODUCT.search(compiled.asm["ttir"]) and count == 0:
+        problems.append("16-bit products do not use the tensor cores")
+    if stack or local:
+        problems.append(f"spills: {stack} bytes of stack, {local} of local memory")
+    if shared > SHARED_LIMIT_BYTES[job.capability]:
+        problems.append(f"shared memory over {SHARED_LIMIT_BYTES[job.capability]} bytes")
+    return Finding(job.name, registers, stack, local, shared, count, tuple(problems))
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers of a thread, bytes of stack, bytes of local memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check all kernels, or those whose name contains a given text; return the exit code."""
+    parser = argparse.ArgumentParser(prog="anycontrast_kernels.compile_check", description=__doc__)
+    parser.add_argument("match", nargs="*", help="only kernels whose name contains all of these")
+    wanted = parser.parse_args(arguments).match
+    chosen = [job for job in jobs() if all(text in job.name for text in wanted)]
+    out = sys.stdout
+    out.write(f"triton {triton.__version__}: {len(chosen)} kernels\n")
+    out.write("regs stack local shared tensor  kernel\n")
+    num_failed = 0
+    for job in chosen:
+        found = check(job)
+        num_failed += bool(found.problems)
+        verdict = f"  FAILED: {'; '.join(found.problems)}" if found.problems else ""
+        out.write(
+            f"{found.registers:4} {found.stack_bytes:5} {found.local_bytes:5} "
+            f"{found.shared_bytes:6} {found.tensor_instructions:6}  {found.name}{verdict}\n"
+        )
+        out.flush()
+    out.write(f"{len(chosen) - num_failed} fit, {num_failed} do not\n")
+    return 1 if num_failed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
