@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anycontrast_kernels import patch_loss, patchify, reference
+from anycontrast_kernels.probes import LossKernels, Packed
 
 pytest.importorskip("triton")
 
@@ -34,11 +35,11 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 def volumes(
     patch: tuple[int, int, int], *, whole: bool, flips: list[tuple[bool, ...]] = FLIPS
-) -> list[Tensor]:
+) -> Packed:
     """Two volumes, each drawn once per flip, and patches of all: arguments of `gather_zscores`.
 
-    Patches are picked in no order, the last of every axis among them, one twice; boxes end inside
-    a patch unless `whole`.
+    Patches are picked in no order, an odd number, the last of every axis among them and one twice;
+    boxes end inside a patch unless `whole`.
     """
     generator = torch.Generator().manual_seed(sum(patch))
     grids = ((2, 3, 2), (1, 2, 3))
@@ -53,11 +54,11 @@ def volumes(
     picked = [
         (row, grid)
         for row, (which, _) in enumerate(draws)
-        for grid in ([0, 0, 0], [n - 1 for n in grids[which]], [0, 1, 1])
+        for grid in ([0, 0, 0], [n - 1 for n in grids[which]])
     ]
     picked = [picked[n] for n in torch.randperm(len(picked), generator=generator).tolist()]
     picked.append(picked[0])
-    return [
+    return (
         codes.to(torch.int16),
         torch.tensor([first + which * sizes[0] for which, _ in draws]),
         torch.tensor([shapes[which] for which, _ in draws]),
@@ -65,20 +66,15 @@ def volumes(
         torch.tensor([[4e-4 + 1e-5 * n, 0.1 * n - 0.3, -0.9, 1.1] for n in range(len(draws))]),
         torch.tensor([row for row, _ in picked]),
         torch.tensor([grid for _, grid in picked]),
-    ]
-
-
-def patches_of(target: list[Tensor]) -> list[Tensor]:
-    """Arguments of `gather_patches`."""
-    return target[:4] + target[5:]
+    )
 
 
 @check
 def zscores_of_all_flips_and_part_patches() -> None:
     from anycontrast_kernels import triton_patchify
 
-    for patch, whole in (((4, 2, 8), True), ((4, 2, 8), False), ((2, 3, 5), False)):
-        target = volumes(patch, whole=whole)
+    for patch, whole, flips in (((2, 2, 16), True, FLIPS[::3]), ((4, 2, 8), False, FLIPS)):
+        target = volumes(patch, whole=whole, flips=flips)
         found = triton_patchify.gather_zscores(*target, patch)
         expected = reference.gather_zscores(*target, patch)
         assert expected.std() > 0.3
@@ -103,9 +99,10 @@ def codes_are_exact() -> None:
     from anycontrast_kernels import triton_patchify
 
     for patch, whole in (((2, 2, 16), True), ((3, 2, 6), False)):
-        target = patches_of(volumes(patch, whole=whole))
-        found = triton_patchify.gather_patches(*target, patch)
-        assert torch.equal(found, reference.gather_patches(*target, patch))
+        codes, start, shape, flip, _, volume, grid = volumes(patch, whole=whole, flips=FLIPS[::7])
+        args = (codes, start, shape, flip, volume, grid, patch)
+        found = triton_patchify.gather_patches(*args)
+        assert torch.equal(found, reference.gather_patches(*args))
 
 
 @check
@@ -128,7 +125,7 @@ def loss_and_gradient_of_a_given_target() -> None:
     from anycontrast_kernels import triton_patch_loss
 
     generator = torch.Generator().manual_seed(1)
-    for size, norm, dtype in product((37, 64, 320), (False, True), ATOL):
+    for (size, dtype), norm in product(zip((37, 64, 320), ATOL, strict=True), (False, True)):
         target = torch.randn(7, size, generator=generator) * 3 + 2
         prediction = torch.randn(7, size, generator=generator).to(dtype)
         compare(triton_patch_loss, prediction, [target], [], target, norm)
@@ -138,16 +135,19 @@ def loss_and_gradient_of_a_given_target() -> None:
 def loss_and_gradient_of_stored_codes() -> None:
     from anycontrast_kernels import triton_patch_loss
 
-    for patch, norm, dtype in product(((8, 8, 5), (2, 4, 8)), (False, True), ATOL):
-        target = volumes(patch, whole=False, flips=FLIPS[1::5])
+    for patch, (dtype, norm) in product(
+        ((8, 8, 5), (2, 4, 8)),
+        ((torch.float32, True), (torch.float16, False), (torch.bfloat16, True)),
+    ):
+        target = volumes(patch, whole=False, flips=FLIPS[3:4])
         known = reference.gather_zscores(*target, patch)
         generator = torch.Generator().manual_seed(2)
         prediction = torch.randn(known.shape, generator=generator).to(dtype)
-        compare(triton_patch_loss, prediction, target, list(patch), known, norm)
+        compare(triton_patch_loss, prediction, list(target), list(patch), known, norm)
 
 
 def compare(
-    kernels: object,
+    kernels: LossKernels,
     prediction: Tensor,
     target: list[Tensor],
     patch: list[int],
@@ -197,11 +197,11 @@ def the_checked_entries_run_the_kernels_when_ordered() -> None:
 def nothing_to_do_is_done() -> None:
     from anycontrast_kernels import triton_patch_loss, triton_patchify
 
-    target = volumes((2, 2, 4), whole=True)
-    target[5], target[6] = target[5][:0], target[6][:0]
+    codes, start, shape, flip, intensity, volume, grid = volumes((2, 2, 4), whole=True)
+    target = (codes, start, shape, flip, intensity, volume[:0], grid[:0])
     assert triton_patchify.gather_zscores(*target, (2, 2, 4)).shape == (0, 16)
     empty = torch.empty(0, 16)
-    assert triton_patch_loss.loss_pass(empty, target, [2, 2, 4], True, empty).shape == (0,)
+    assert triton_patch_loss.loss_pass(empty, list(target), [2, 2, 4], True, empty).shape == (0,)
     triton_patch_loss.scale_rows(empty, torch.empty(0), empty)
 
 
@@ -209,7 +209,7 @@ def run_checks() -> Iterator[tuple[str, str]]:
     """Run every check with uninitialised memory full of NaN; yields (name, error or nothing)."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(3).isnan().all()
     for name, function in CHECKS.items():
         try:

@@ -54,6 +54,7 @@ class _PatchLoss(torch.autograd.Function):
         norm_target: bool,
         overwrite: bool,
     ) -> Tensor:
+        loss_N: Tensor
         if overwrite:
             loss_N = _compare_over(prediction_NP, target, patch_vox, norm_target)
             difference_NP = prediction_NP

@@ -50,11 +50,15 @@ def loss_pass(
         rows = slice(first, first + step)
         target_nP = _target_rows(target, patch_vox, rows)
         if norm_target:
-            target_nP = reference.normalize_patches(target_nP)
-        difference_nP = prediction_NP[rows].float() - target_nP
-        if difference_NP is not None:
-            difference_NP[rows] = difference_nP
-        loss_N[rows] = difference_nP.square_().mean(dim=1)
+            target_nP = _normalize(target_nP)
+        found_nP = prediction_NP[rows].float()
+        if difference_NP is not None and difference_NP.dtype == torch.float32:
+            difference_nP = torch.sub(found_nP, target_nP, out=difference_NP[rows])
+        else:
+            difference_nP = found_nP - target_nP
+            if difference_NP is not None:
+                difference_NP[rows] = difference_nP
+        loss_N[rows] = torch.linalg.vector_norm(difference_nP, dim=1).square_().div_(size)
     return loss_N
 
 
@@ -69,6 +73,14 @@ def scale_rows(difference_NP: Tensor, factor_N: Tensor, out_NP: Tensor) -> None:
     """
     factor_N1 = (factor_N * (2.0 / difference_NP.shape[1])).unsqueeze(1)
     torch.mul(difference_NP, factor_N1, out=out_NP)
+
+
+def _normalize(target_nP: Tensor) -> Tensor:
+    """Do what `reference.normalize_patches` does, many times faster than `var_mean` on a CPU."""
+    centred_nP = target_nP - target_nP.mean(dim=1, keepdim=True)
+    norm_n1 = torch.linalg.vector_norm(centred_nP, dim=1, keepdim=True)
+    variance_n1 = norm_n1.square_().div_(target_nP.shape[1] - 1)
+    return centred_nP.mul_(variance_n1.add_(reference.PATCH_VARIANCE_FLOOR).rsqrt_())
 
 
 def _target_rows(target: Sequence[Tensor], patch_vox: Sequence[int], rows: slice) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from anycontrast_kernels import reference
 
 PatchVox = tuple[int, int, int]
+Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Arguments of `patchify.gather_zscores` up to the patch."""
 
 
 class LossKernels(Protocol):
@@ -33,7 +35,7 @@ class LossKernels(Protocol):
         ...
 
 
-def packed_volumes(patch_vox: PatchVox, device: torch.device) -> list[Tensor]:
+def packed_volumes(patch_vox: PatchVox, device: torch.device) -> Packed:
     """Make three volumes and six patches of them: the seven tensors of `gather_zscores`.
 
     One volume of whole patches is seen twice, once mirrored; the other ends inside its patches and
@@ -43,7 +45,7 @@ def packed_volumes(patch_vox: PatchVox, device: torch.device) -> list[Tensor]:
     part = tuple(max(2 * side - 1, 1) for side in patch_vox)
     sizes = [math.prod(whole), math.prod(part)]
     generator = torch.Generator().manual_seed(0)
-    made = [
+    made = (
         torch.randint(-2000, 2000, (sum(sizes),), generator=generator, dtype=torch.int16),
         torch.tensor([0, sizes[0], 0]),
         torch.tensor([whole, part, whole]),
@@ -51,8 +53,9 @@ def packed_volumes(patch_vox: PatchVox, device: torch.device) -> list[Tensor]:
         torch.tensor([[1e-3, 0.25, -1.5, 1.5], [8e-4, -0.5, -2.0, 1.0], [1e-3, 0.0, -1.0, 2.0]]),
         torch.tensor([0, 0, 1, 1, 2, 2]),
         torch.tensor([[0, 0, 0], [1, 1, 1]]).repeat(3, 1),
-    ]
-    return [tensor.to(device) for tensor in made]
+    )
+    codes, start, shape, flip, intensity, volume, grid = (tensor.to(device) for tensor in made)
+    return codes, start, shape, flip, intensity, volume, grid
 
 
 def gather_error(patch_vox: PatchVox, device: torch.device, dtype: torch.dtype) -> float:
@@ -83,11 +86,12 @@ def loss_error(
     prediction_NP = torch.randn(6, size, generator=generator).to(device, dtype)
     factor_N = torch.rand(6, generator=generator).to(device)
     if len(patch_vox) == 3:
-        target = packed_volumes((patch_vox[0], patch_vox[1], patch_vox[2]), device)
-        target_NP = reference.gather_zscores(*target, patch_vox)  # type: ignore[arg-type]
+        sides = (patch_vox[0], patch_vox[1], patch_vox[2])
+        packed = packed_volumes(sides, device)
+        target, target_NP = list(packed), reference.gather_zscores(*packed, sides)
     else:
-        target = [torch.randn(6, size, generator=generator).to(device)]
-        target_NP = target[0]
+        target_NP = torch.randn(6, size, generator=generator).to(device)
+        target = [target_NP]
     errors = []
     for norm_target in (False, True)[: 2 if size > 1 else 1]:
         known_NP = reference.normalize_patches(target_NP) if norm_target else target_NP

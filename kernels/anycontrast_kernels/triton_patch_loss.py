@@ -12,6 +12,8 @@ out of the range of float16.
 Letters: N patches, P voxels per patch, V volumes.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
 from collections.abc import Sequence
 
 import torch

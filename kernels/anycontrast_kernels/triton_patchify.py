@@ -9,6 +9,8 @@ is read in the same groups, which are turned round in registers.
 Letters: N patches, P voxels per patch, V volumes, B stored voxels.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
