@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,22 @@ def _plan(words: list[str], overrides: list[str]) -> object:
     return None
 
 
+def _doctor(words: list[str], overrides: list[str]) -> object:
+    path = _config_file(words)
+    from anycontrast.doctor.examine import run_doctor
+    from anycontrast.training.config import load_config
+    from anycontrast.training.loop import TrainingError
+
+    overrides, as_json = _take_json(overrides)
+    diagnosis = run_doctor(load_config(path, overrides))
+    print(json.dumps(diagnosis.to_json()) if as_json else diagnosis.text())
+    if diagnosis.is_failed:
+        raise TrainingError(
+            f"doctor: {diagnosis.place} is not fit for training; see the lines above"
+        )
+    return None
+
+
 def _bench(words: list[str], overrides: list[str]) -> object:
     (name,) = _words(words, "NAME")
     if name not in BENCHES:
@@ -161,8 +178,8 @@ def _bench(words: list[str], overrides: list[str]) -> object:
     from anycontrast.training.config import load_options
 
     overrides, as_json = _take_json(overrides)
-    module = import_module(f"anycontrast.bench.{name}")
-    result = module.run(load_options(getattr(module, BENCHES[name]), overrides))
+    module, options = _benchmark(name)
+    result = module.run(load_options(options, overrides))
     if not as_json:
         return result
     print(json.dumps(result, default=str))
@@ -178,21 +195,27 @@ def _take_json(overrides: list[str]) -> tuple[list[str], bool]:
     return rest, asked[-1:] == ["true"]
 
 
+def _benchmark(name: str) -> tuple[ModuleType, type]:
+    place, _, options = BENCHES[name].partition(":")
+    module = import_module(place)
+    return module, getattr(module, options)
+
+
 def benches() -> dict[str, type]:
     """Return name -> class of options of every benchmark."""
-    modules = {name: import_module(f"anycontrast.bench.{name}") for name in BENCHES}
-    return {name: getattr(module, BENCHES[name]) for name, module in modules.items()}
+    return {name: _benchmark(name)[1] for name in BENCHES}
 
 
 BENCHES = {
-    "data": "DataBenchConfig",
-    "stream": "StreamBenchConfig",
-    "patches": "PatchesBenchConfig",
-    "codecs": "CodecsBenchConfig",
-    "manifest": "ManifestBenchConfig",
-    "sharding": "ShardingBenchConfig",
+    "kernels": "anycontrast_kernels.bench.kernels:KernelsBenchConfig",
+    "data": "anycontrast.bench.data:DataBenchConfig",
+    "stream": "anycontrast.bench.stream:StreamBenchConfig",
+    "patches": "anycontrast.bench.patches:PatchesBenchConfig",
+    "codecs": "anycontrast.bench.codecs:CodecsBenchConfig",
+    "manifest": "anycontrast.bench.manifest:ManifestBenchConfig",
+    "sharding": "anycontrast.bench.sharding:ShardingBenchConfig",
 }
-"""Name of a benchmark -> its options in the module of that name."""
+"""Name of a benchmark -> its module and the class of its options there."""
 
 _RUN = "[CONFIG] [key=value ...]"
 VERBS = {
@@ -243,5 +266,11 @@ VERBS = {
         _predict,
         ("predict",),
     ),
-    "bench": Verb("NAME [key=value ...]", "measure: data, stream, codecs, ...", _bench),
+    "doctor": Verb(
+        "[CONFIG] [key=value ... json=true]",
+        "is this cluster or machine fit for training",
+        _doctor,
+        ("cluster",),
+    ),
+    "bench": Verb("NAME [key=value ...]", "measure: kernels, step, data, stream, ...", _bench),
 }
