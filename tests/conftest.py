@@ -293,6 +293,7 @@ def memory_store(study_of: "Callable[..., StudyArrays]") -> Callable[..., Any]:
     from dataclasses import replace
 
     from anycontrast_datasets.intensity import pack_occupancy
+    from anycontrast_datasets.store.partial import crop_arrays
     from anycontrast_datasets.store.slots import slot_array
     from anycontrast_datasets.study import ShardError, StudyArrays
 
@@ -324,6 +325,9 @@ def memory_store(study_of: "Callable[..., StudyArrays]") -> Callable[..., Any]:
                     slots[name][...] = array
                 codes = slots
             return StudyArrays(replace(study.record, volumes=kept), codes, study.label)
+
+        def read_crop(self, index: int, start: Any, size: Any, **options: Any) -> StudyArrays:
+            return crop_arrays(self.read(index, **options), start, size)
 
         def verify(self) -> list[str]:
             return sorted(self.damaged)

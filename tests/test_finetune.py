@@ -20,6 +20,7 @@ from anycontrast.training.finetune import FinetuneConfig, make_task, run_finetun
 from anycontrast.training.optim import OptimConfig, build_adamw
 from anycontrast.training.segmentation import FinetuneTask, LabelledStore
 from anycontrast_datasets.store import reader
+from anycontrast_datasets.store.partial import Vox3, crop_arrays
 from anycontrast_datasets.stream import StudyStream
 from anycontrast_datasets.study import ManifestError, StudyArrays
 
@@ -83,6 +84,9 @@ class MemoryStore:
         study = self.studies[index]
         codes = {c: study.codes[c] for c in (contrasts or study.codes)}
         return replace(study, codes=codes, label=study.label if label else None)
+
+    def read_crop(self, index: int, start: Vox3, size: Vox3, **options: Any) -> StudyArrays:
+        return crop_arrays(self.read(index, **options), start, size)
 
     def verify(self) -> list[str]:
         return []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.intensity import pack_occupancy
+from anycontrast_datasets.store.partial import Vox3, crop_arrays
 from anycontrast_datasets.store.slots import slot_array
 from anycontrast_datasets.stream import StepPacks, StreamConfig, StudyStream
 from anycontrast_datasets.study import (
@@ -76,6 +77,9 @@ class MemoryStore:
             for name, array in codes.items():
                 slot_array(out, name, array.shape)[...] = array
         return StudyArrays(replace(record, volumes=kept), codes, study.label if label else None)
+
+    def read_crop(self, index: int, start: Vox3, size: Vox3, **options: Any) -> StudyArrays:
+        return crop_arrays(self.read(index, **options), start, size)
 
     def verify(self) -> list[str]:
         return [f"study {study_id} is damaged" for study_id in sorted(self.damaged)]

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from anycontrast.models.patches import patch_codes
+from anycontrast_datasets.augment import StudyView, augment_study
+from anycontrast_datasets.order import study_rng
+from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.shard_commit import write_arrays
 from anycontrast_datasets.store import volume_store
 from anycontrast_datasets.store.byte_source import LocalSource
@@ -161,3 +164,25 @@ def test_the_disk_is_told_of_every_step_ahead_and_of_nothing_else(
         if row.study_id == study_id and row.contrast in ("T1w", rows[-1].contrast)
     ]
     assert told[:12] == wanted
+
+
+def test_crops_are_read_alone_and_are_those_of_the_whole_study(
+    pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(pristine)
+    whole = {store.records[n].study_id: store.read(n) for n in range(len(store))}
+    monkeypatch.setattr(volume_store.VolumeStore, "read", None)
+    options: dict[str, Any] = {"flip_axes": [0, 1, 2], "crop_vox": (5, 12, 10)}
+    seen = set()
+    with StudyStream(store, StreamConfig(studies_per_step=3, **options), PATCH, seed=2) as stream:
+        for _ in range(8):
+            (pack,) = next(stream).packs
+            views: list[StudyView] = []
+            for study_id, epoch in zip(pack.study_ids, pack.epochs, strict=True):
+                rng = study_rng(2, epoch, study_id, "augment", draw=pack.draws[len(views)])
+                views.append(augment_study(whole[study_id], rng, **options))
+                seen.add(views[-1].origin_vox)
+            expected = pack_studies(views, PATCH, epochs=pack.epochs)
+            assert torch.equal(pack.codes_B, expected.codes_B)
+            assert torch.equal(pack.position_mm_T3, expected.position_mm_T3)
+    assert len(seen) > 8

@@ -59,13 +59,17 @@ def augment_study(
 
 def flip_study(view: StudyView, axes: Sequence[int], rng: np.random.Generator) -> StudyView:
     """Flip each of `axes` with probability 1/2; positions are mirrored about the box centre."""
-    flipped = choose_flips(axes, rng)
-    if not flipped:
+    return mirror_study(view, choose_flips(axes, rng))
+
+
+def mirror_study(view: StudyView, axes: Sequence[int]) -> StudyView:
+    """Flip all of `axes`; positions are mirrored about the box centre."""
+    if not axes:
         return view
     origin = list(view.origin_vox)
-    for axis in flipped:
+    for axis in axes:
         origin[axis] = view.arrays.record.shape[axis] - origin[axis] - view.shape[axis]
-    step = tuple(slice(None, None, -1 if axis in flipped else None) for axis in range(3))
+    step = tuple(slice(None, None, -1 if axis in axes else None) for axis in range(3))
     arrays = _map_arrays(view.arrays, lambda array: array[step])
     return StudyView(arrays, (origin[0], origin[1], origin[2]))
 
@@ -90,17 +94,25 @@ def crop_study(
     centre = None
     if rng.random() < foreground_crop_fraction and view.arrays.label is not None:
         centre = _labelled_voxel(view.arrays.label, rng)
-    start = []
-    for axis, (size, crop) in enumerate(zip(view.shape, crop_vox, strict=True)):
-        if size <= crop:
-            start.append(-((crop - size) // 2))
-        elif centre is None:
-            start.append(int(rng.integers(0, size - crop + 1)))
-        else:
-            start.append(min(max(centre[axis] - crop // 2, 0), size - crop))
-    arrays = _map_arrays(view.arrays, lambda array: _window(array, start, crop_vox))
-    x, y, z = (o + s for o, s in zip(view.origin_vox, start, strict=True))
-    return StudyView(arrays, (x, y, z))
+    start = _crop_start(view.shape, crop_vox, rng, centre)
+    return cut_study(view, [o + s for o, s in zip(view.origin_vox, start, strict=True)], crop_vox)
+
+
+def choose_crop(
+    shape: Sequence[int], crop_vox: tuple[int, int, int], rng: np.random.Generator
+) -> tuple[int, int, int]:
+    """Draw the first voxel of a random crop, as `crop_study` does for a whole box of `shape`."""
+    rng.random()  # where `crop_study` asks whether to look at the label
+    return _crop_start(shape, crop_vox, rng, None)
+
+
+def cut_study(
+    view: StudyView, origin_vox: Sequence[int], size_vox: tuple[int, int, int]
+) -> StudyView:
+    """Cut exactly `size_vox` from voxel `origin_vox` of the box on, 0 where the view ends."""
+    start = [o - v for o, v in zip(origin_vox, view.origin_vox, strict=True)]
+    arrays = _map_arrays(view.arrays, lambda array: _window(array, start, size_vox))
+    return StudyView(arrays, (origin_vox[0], origin_vox[1], origin_vox[2]))
 
 
 def choose_contrasts(contrasts: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
@@ -108,6 +120,23 @@ def choose_contrasts(contrasts: Sequence[str], rng: np.random.Generator) -> tupl
     size = int(rng.integers(1, len(contrasts) + 1))
     chosen = rng.choice(len(contrasts), size=size, replace=False)
     return tuple(contrasts[i] for i in sorted(chosen))
+
+
+def _crop_start(
+    shape: Sequence[int],
+    crop_vox: tuple[int, int, int],
+    rng: np.random.Generator,
+    centre: Sequence[int] | None,
+) -> tuple[int, int, int]:
+    start = []
+    for axis, (size, crop) in enumerate(zip(shape, crop_vox, strict=True)):
+        if size <= crop:
+            start.append(-((crop - size) // 2))
+        elif centre is None:
+            start.append(int(rng.integers(0, size - crop + 1)))
+        else:
+            start.append(min(max(centre[axis] - crop // 2, 0), size - crop))
+    return start[0], start[1], start[2]
 
 
 def _labelled_voxel(

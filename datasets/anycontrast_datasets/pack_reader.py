@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anycontrast_datasets.augment import StudyView, augment_study, choose_flips
+from anycontrast_datasets.augment import (
+    StudyView,
+    augment_study,
+    choose_crop,
+    choose_flips,
+    cut_study,
+    mirror_study,
+)
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.order import study_rng
 from anycontrast_datasets.pack import pack_studies
@@ -138,6 +145,9 @@ class PackReader:
         self._refuse_known(
             serving, (*serving.contrasts, LABEL_MEMBER) if label else serving.contrasts
         )
+        is_anywhere = config.foreground_crop_fraction == 0 and len(serving.draws) == 1
+        if config.crop_vox is not None and is_anywhere:
+            return [self._read_crop(serving, config.crop_vox, label)]
         arrays = self._store.read(serving.index, contrasts=serving.contrasts, label=label)
         return [
             augment_study(
@@ -149,6 +159,23 @@ class PackReader:
             )
             for draw in serving.draws
         ]
+
+    def _read_crop(
+        self, serving: Serving, crop_vox: tuple[int, int, int], label: bool
+    ) -> StudyView:
+        """Read what of a study the crop needs; the same crop as of the whole study."""
+        rng = self._rng(serving, serving.draws[0])
+        shape = serving.record.shape
+        flips = choose_flips(self._config.flip_axes, rng)
+        origin = choose_crop(shape, crop_vox, rng)
+        x, y, z = (
+            shape[n] - origin[n] - crop_vox[n] if n in flips else origin[n] for n in range(3)
+        )
+        arrays = self._store.read_crop(
+            serving.index, (x, y, z), crop_vox, contrasts=serving.contrasts, label=label
+        )
+        inside = StudyView(arrays, (max(x, 0), max(y, 0), max(z, 0)))
+        return cut_study(mirror_study(inside, flips), origin, crop_vox)
 
     def _refuse_known(self, serving: Serving, members: Sequence[str]) -> None:
         known = self._quarantine.find(serving.index, members)
