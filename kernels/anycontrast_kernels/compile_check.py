@@ -32,6 +32,8 @@ from triton.compiler import ASTSource
 KERNEL_MODULES = (
     "anycontrast_kernels.triton_attention",
     "anycontrast_kernels.triton_attention_backward",
+    "anycontrast_kernels.triton_patchify",
+    "anycontrast_kernels.triton_patch_loss",
 )
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}

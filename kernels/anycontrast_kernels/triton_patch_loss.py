@@ -12,6 +12,7 @@ out of the range of float16.
 Letters: N patches, P voxels per patch, V volumes.
 """
 
+# Triton's decorator has no types, and neither do the arguments of a kernel.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from collections.abc import Sequence
@@ -22,7 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from anycontrast_kernels.reference import PATCH_VARIANCE_FLOOR
-from anycontrast_kernels.triton_patchify import cut_of, load_zscores, on_device
+from anycontrast_kernels.triton_patchify import (
+    COMPILER_OPTIONS,
+    compile_case,
+    cut_of,
+    load_zscores,
+    on_device,
+)
 
 VARIANCE_FLOOR = tl.constexpr(PATCH_VARIANCE_FLOOR)
 
@@ -116,7 +123,7 @@ def loss_pass(
             cut = cut_of((1, 1, size))
             loss_kernel[(num_patches,)](
                 prediction_NP, target[0], loss_N, out_NP, size, cut.block, norm_target, write,
-                num_warps=cut.warps,
+                num_warps=cut.warps, **COMPILER_OPTIONS,
             )  # fmt: skip
             return loss_N
         codes_B, start_V, shape_V3, flip_V3, intensity_V4, volume_N, grid_N3 = target
@@ -125,7 +132,7 @@ def loss_pass(
         stored_loss_kernel[(num_patches,)](
             prediction_NP, codes_B, start_V, shape_V3, flip_V3.view(torch.uint8), intensity_V4,
             volume_N, grid_N3, loss_N, out_NP, len(start_V), x, y, z, cut.group, cut.block,
-            norm_target, write, num_warps=cut.warps,
+            norm_target, write, num_warps=cut.warps, **COMPILER_OPTIONS,
         )  # fmt: skip
     return loss_N
 
@@ -138,5 +145,18 @@ def scale_rows(difference_NP: Tensor, factor_N: Tensor, out_NP: Tensor) -> None:
         with on_device(difference_NP):
             scale_kernel[(num_patches,)](
                 difference_NP, factor_N, out_NP, factor_N.stride(0), size, cut.block,
-                num_warps=cut.warps,
+                num_warps=cut.warps, **COMPILER_OPTIONS,
             )  # fmt: skip
+
+
+_TRAINING = {"NORM": True, "WRITE": True}
+
+COMPILE_CASES = [
+    compile_case(loss_kernel, "*bf16", (16, 16, 16), _TRAINING),
+    compile_case(stored_loss_kernel, "*bf16", (16, 16, 16), _TRAINING),
+    compile_case(stored_loss_kernel, "*fp32", (8, 8, 8), _TRAINING),
+    compile_case(stored_loss_kernel, "*bf16", (24, 24, 24), _TRAINING),
+    compile_case(stored_loss_kernel, "*bf16", (8, 8, 5), {"NORM": False, "WRITE": False}),
+    compile_case(scale_kernel, "*bf16", (16, 16, 16), {}),
+]
+"""What `compile_check` compiles. Matrices of one case have one type."""

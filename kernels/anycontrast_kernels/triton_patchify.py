@@ -9,16 +9,21 @@ is read in the same groups, which are turned round in registers.
 Letters: N patches, P voxels per patch, V volumes, B stored voxels.
 """
 
+# Triton's decorator has no types, and neither do the arguments of a kernel.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+"""A multiply and an add become one instruction, whatever Triton's version does by default."""
 
 VOXELS_PER_WARP = 1024
 MAX_GROUP = 8
@@ -193,7 +198,7 @@ def gather_patches(
             patches_kernel[(num_patches,)](
                 codes_B, volume_start_V, volume_shape_V3, flip_V3.view(torch.uint8), volume_N,
                 grid_N3, out_NP, len(volume_start_V), *patch_vox, cut.group, cut.block,
-                num_warps=cut.warps,
+                num_warps=cut.warps, **COMPILER_OPTIONS,
             )  # fmt: skip
     return out_NP
 
@@ -222,6 +227,49 @@ def gather_zscores(
             zscores_kernel[(num_patches,)](
                 codes_B, volume_start_V, volume_shape_V3, flip_V3.view(torch.uint8), intensity_V4,
                 volume_N, grid_N3, out_NP, len(volume_start_V), *patch_vox, cut.group, cut.block,
-                num_warps=cut.warps,
+                num_warps=cut.warps, **COMPILER_OPTIONS,
             )  # fmt: skip
     return out_NP
+
+
+CompileCase = tuple[Any, dict[str, str], dict[str, object], list[str], dict[str, object]]
+
+TYPES = {
+    "codes": "*i16",
+    "start_V": "*i64",
+    "shape_V3": "*i64",
+    "flip_V3": "*u8",
+    "intensity_V4": "*fp32",
+    "volume_N": "*i64",
+    "grid_N3": "*i64",
+    "loss_N": "*fp32",
+    "factor_N": "*fp32",
+    "num_volumes": "i32",
+    "factor_stride": "i32",
+}
+"""Of the kernels' arguments; what is not named here is [N, P] and of the case's type."""
+
+
+def compile_case(
+    kernel: Any, dtype: str, patch_vox: tuple[int, int, int], constants: Mapping[str, object]
+) -> CompileCase:
+    """Describe to `compile_check` how a kernel is launched for one type and patch."""
+    cut = cut_of(patch_vox)
+    x, y, z = patch_vox
+    known: dict[str, object] = {"PATCH_X": x, "PATCH_Y": y, "PATCH_Z": z, "SIZE": x * y * z}
+    known |= {"GROUP": cut.group, "BLOCK": cut.block, **constants}
+    names: list[str] = kernel.arg_names
+    types = {name: TYPES.get(name, dtype) for name in names if not name.isupper()}
+    constexprs = {name: known[name] for name in names if name.isupper()}
+    multiples = [name for name, kind in types.items() if kind.startswith("*")]
+    return kernel, types, constexprs, multiples, {"num_warps": cut.warps, **COMPILER_OPTIONS}
+
+
+COMPILE_CASES = [
+    compile_case(patches_kernel, "*i16", (16, 16, 16), {}),
+    compile_case(zscores_kernel, "*bf16", (16, 16, 16), {}),
+    compile_case(zscores_kernel, "*fp32", (16, 16, 16), {}),
+    compile_case(zscores_kernel, "*bf16", (8, 8, 8), {}),
+    compile_case(zscores_kernel, "*fp32", (8, 8, 5), {}),
+]
+"""What `compile_check` compiles."""
