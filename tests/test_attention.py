@@ -221,6 +221,8 @@ def wide(size: int) -> Tensor:
             ValueError,
             "sequences_k: no sequence may be longer than max_len 2",
         ),
+        ({"scale": -1.0}, ValueError, "scale must be finite and >= 0, got -1"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
         ({"backend": "fastest"}, ValueError, "backend must be one of .*'fastest'"),
     ],
 )
@@ -270,7 +272,7 @@ def usable(name: str, dtype: torch.dtype, head_dim: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS])
@@ -282,6 +284,7 @@ def test_every_back_end_agrees_with_the_definition_on_cuda(
     dtype: torch.dtype,
 ) -> None:
     usable(backend, dtype, head_dim)
+    torch.compiler.reset()
     inputs, grad, runs = gpu_case(lengths, head_dim, dtype)
     q, k, v = inputs
     found = varlen_attention(q, k, v, *runs, scale=0.2, backend=backend)

@@ -32,6 +32,7 @@ LOOP = next(backend for backend in BACKENDS if backend.name == "loop")
 @pytest.fixture(autouse=True)
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_ordered", None)
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     yield
 
@@ -187,6 +188,18 @@ def test_environment_orders_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "b")
     assert choose(pool, CPU).name == "b"
     assert choose(pool, CPU, backend="a").name == "a"
+
+
+def test_a_configuration_orders_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = (backend("a"), backend("b"), backend("c", refusal="too old"))
+    dispatch.order_backend("b")
+    assert choose(pool, CPU).name == "b"
+    dispatch.order_backend("c")
+    with pytest.raises(ValueError, match="the configured back end='c' cannot run here"):
+        choose(pool, CPU)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "a")
+    assert choose(pool, CPU).name == "a"
+    assert choose(pool, CPU, backend="b").name == "b"
 
 
 def test_unknown_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def varlen_attention(
         v_THD: [Tk, H, D], same dtype and device.
         sequences_q: the sequences of `q_THD`, on the same device.
         sequences_k: the sequences of `k_THD`, as many; default those of `q_THD`.
-        scale: factor of the scores, default 1 / sqrt(D).
+        scale: factor of the scores, finite and >= 0; default 1 / sqrt(D).
         backend: name of a back end (`backends.BACKENDS`); default by `dispatch.choose`.
 
     Returns:
@@ -62,6 +62,8 @@ def varlen_attention(
             "varlen_attention: sequences_q and sequences_k must have the same capacity, got "
             f"{len(sequences_q.cu_seqlens) - 1} and {len(sequences_k.cu_seqlens) - 1}"
         )
+    if scale is not None and not 0.0 <= scale < math.inf:
+        raise ValueError(f"varlen_attention: scale must be finite and >= 0, got {scale}")
     out_THD: Tensor
     out_THD, _ = _attention(
         q_THD,

@@ -61,7 +61,7 @@ def backward(
 def refusal(situation: Situation) -> str | None:
     """Why FlexAttention cannot run, or None."""
     if situation.device.type != "cuda":
-        return f"needs a CUDA device to train, this is {situation.device.type}"
+        return f"needs a CUDA device, this is {situation.device.type}"
     if situation.dtype not in DTYPES:
         return f"needs float16, bfloat16 or float32, this is {situation.dtype}"
     return None

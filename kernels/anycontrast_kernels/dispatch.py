@@ -2,8 +2,8 @@
 
 A back end says why it cannot run, or is probed against the plain definition (forward and every
 gradient) before it is trusted. The first that passes runs. Ending on a slower path is a warning
-with the reason, never silent. `ANYCONTRAST_ATTN` orders one by name; an order that cannot be
-carried out is an error.
+with the reason, never silent. One can be ordered by name: in the call, by `ANYCONTRAST_ATTN`, or
+for the process by `order_backend`, in this order; one that cannot be carried out is an error.
 
 Letters: Tq / Tk tokens, H heads, D head dim.
 """
@@ -11,7 +11,7 @@ Letters: Tq / Tk tokens, H heads, D head dim.
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -108,6 +108,17 @@ class Backend:
 
 
 _chosen: dict[tuple[object, ...], Backend] = {}
+_ordered: str | None = None
+
+
+def order_backend(name: str | None) -> None:
+    """Order a back end for the whole process, as a configuration does; None takes it back.
+
+    The environment variable and the argument of a call go before it. Whether it exists and can run
+    is found out by the first call.
+    """
+    global _ordered
+    _ordered = name
 
 
 def choose(
@@ -118,17 +129,21 @@ def choose(
     Args:
         backends: in order of preference.
         situation: device, dtype and head dim of the call.
-        backend: name of a back end; default the environment variable `ANYCONTRAST_ATTN`, and
-            without it the first that is usable and passes the probe.
+        backend: name of a back end; default the environment variable `ANYCONTRAST_ATTN`, then
+            `order_backend`, and without either the first that is usable and passes the probe.
 
     Raises:
         ValueError: an unknown name, or the named back end cannot run here.
         RuntimeError: no back end can run here.
     """
-    wanted = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
+    orders = {
+        "backend": backend,
+        ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE) or None,
+        "the configured back end": _ordered,
+    }
+    source, wanted = next((o for o in orders.items() if o[1] is not None), ("nobody", None))
     key = (situation, wanted, backends)
     if key not in _chosen:
-        source = "backend" if backend is not None else ENVIRONMENT_VARIABLE
         # A thread of its own has none of the caller's grad mode, autocast, hooks or operator.
         _chosen[key] = in_own_thread(lambda: _decide(backends, situation, source, wanted))
     return _chosen[key]
@@ -155,7 +170,7 @@ def _decide(
     names = tuple(backend.name for backend in backends)
     if wanted is not None and wanted not in names:
         raise ValueError(f"attention: {source} must be one of {names}, got {wanted!r}")
-    refusals: list[str] = []
+    refusals: dict[str, str] = {}
     has_failed = False
     for backend in backends:
         if wanted not in (None, backend.name):
@@ -167,13 +182,15 @@ def _decide(
         if reason is None:
             _announce(backend, situation, refusals, has_failed)
             return backend
-        refusals.append(f"{backend.name}: {reason}")
+        refusals[backend.name] = reason
     if wanted is not None:
         raise ValueError(
-            f"attention: {source}={wanted!r} cannot run here ({refusals[0]}); "
+            f"attention: {source}={wanted!r} cannot run here ({wanted}: {refusals[wanted]}); "
             f"choose another of {names} or leave it unset"
         )
-    raise RuntimeError(f"attention: no implementation can run on {situation}: {refusals}")
+    raise RuntimeError(
+        f"attention: no implementation can run on {situation}: {_by_reason(refusals)}"
+    )
 
 
 def probe_error(backend: Backend, situation: Situation) -> float:
@@ -240,7 +257,7 @@ def _probe_failure(backend: Backend, situation: Situation) -> str | None:
 
 
 def _announce(
-    backend: Backend, situation: Situation, refusals: Sequence[str], has_failed: bool
+    backend: Backend, situation: Situation, refusals: Mapping[str, str], has_failed: bool
 ) -> None:
     """Log the choice; as a warning if it is slow here, or if one that should run failed."""
     is_slow = not backend.is_native(situation)
@@ -253,7 +270,7 @@ def _announce(
         situation.dtype,
         situation.head_dim,
         _versions(),
-        "; ".join(refusals) or "nothing",
+        _by_reason(refusals) or "nothing",
     )
     if situation.head_dim < FAST_HEAD_DIM:
         logger.warning(
@@ -262,6 +279,14 @@ def _announce(
             situation.head_dim,
             FAST_HEAD_DIM,
         )
+
+
+def _by_reason(refusals: Mapping[str, str]) -> str:
+    """Names that share a reason, then the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refusals.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items())
 
 
 def _place(device: torch.device) -> str:
