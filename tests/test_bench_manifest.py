@@ -19,7 +19,7 @@ def test_a_made_up_manifest_is_opened_filtered_and_planned(
     found = json.loads(json.dumps(manifest.run(config)))
     assert (found["planned"], found["left_over"]) == (2000, 0)
     assert 0 < found["filtered"] < 2000
-    names = {"open_s", "filter_s", "plan_s", "peak_gb", "imbalance", "fill"}
+    names = {"open_s", "filter_s", "plan_s", "peak_gb", "imbalance_max", "fill"}
     assert set(found["bars"]) == names
     for name, bar in found["bars"].items():
         sign, number = bar["bar"].split()
