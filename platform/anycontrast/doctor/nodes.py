@@ -198,7 +198,7 @@ def _reach(backend: str, nodes: Sequence[Node], *, num_gpus: int) -> Finding:
         backend,
         f"{', '.join(node.name for node in nodes)} do not reach each other: {reason}",
         f"open all ports between the nodes, and set {backend.upper()}_SOCKET_IFNAME to the "
-        "interface they share (chart: network.fabric)",
+        "interface they share (chart: network.interface)",
     )
 
 
