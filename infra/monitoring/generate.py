@@ -94,7 +94,9 @@ def _variables(*, has_run: bool) -> list[dict[str, Any]]:
 
 
 def _panel(panel: Panel, number: int, place: Mapping[str, int]) -> dict[str, Any]:
-    custom = {"scaleDistribution": {"type": "log", "log": 10}} if panel.is_log else {}
+    custom: dict[str, Any] = {}
+    if panel.is_log:
+        custom = {"scaleDistribution": {"type": "log", "log": 10}}
     if panel.kind == "timeseries":
         custom = {**custom, "showPoints": "never", "lineWidth": 1}
     limits = {"min": 0, "max": 1} if panel.kind == "gauge" else {}
