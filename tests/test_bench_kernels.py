@@ -76,7 +76,7 @@ def test_table_and_plots_are_saved(result: dict[str, Any]) -> None:
     assert f"torch {torch.__version__}" in page
     assert saved["environment"]["date"] in page
     assert "| loop |" in page
-    assert "fa3: needs a CUDA device" in page
+    assert "- fa4, fa3, torch, fa2, triton, flex: needs a CUDA device" in page
     picture = ET.fromstring(files["kernels-forward-64.svg"].read_text())
     points = picture.findall("{http://www.w3.org/2000/svg}circle")
     assert len(points) == len(result["attention"])

@@ -1,16 +1,18 @@
-"""Throughput over sequence length as an SVG picture, written by hand: no plotting library."""
+"""Throughput over sequence length as an SVG picture, without a plotting library."""
 
 import math
 from html import escape
 from typing import Any
 
+from anycontrast_kernels.bench.tables import throughput_unit
+
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 150, 40, 50
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999")
 
 
 def throughput_plot(result: dict[str, Any], head_dim: int, direction: str) -> str:
-    """Return TFLOP/s of every way over the lengths of the packs, the ceiling as a dashed line.
+    """Return the throughput of every way over the lengths of the packs; the ceiling is dashed.
 
     Args:
         result: of `kernels.run`.
@@ -18,12 +20,17 @@ def throughput_plot(result: dict[str, Any], head_dim: int, direction: str) -> st
         direction: `forward` or `backward`.
     """
     key = f"{direction}_tflop_s"
-    rows = [row for row in result["attention"] if row["head_dim"] == head_dim and key in row]
+    unit, scale = throughput_unit(result)
+    rows = [
+        {**row, key: scale * row[key]}
+        for row in result["attention"]
+        if row["head_dim"] == head_dim and key in row
+    ]
     lengths = list(dict.fromkeys(row["lengths"] for row in rows))
-    ceiling = result["ceiling"]["tflop_s"]
+    ceiling = scale * result["ceiling"]["tflop_s"]
     top = _nice(max([ceiling, *(row[key] for row in rows)]))
     place = f"{result['environment']['device']}, {result['environment']['dtype']}"
-    title = f"Attention {direction}, head dim {head_dim}: TFLOP/s of useful work ({place})"
+    title = f"Attention {direction}, head dim {head_dim}: {unit} of useful work ({place})"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="sans-serif" font-size="12">',

@@ -14,27 +14,34 @@ def kernel_tables(result: dict[str, Any]) -> dict[str, str]:
     """Return title -> table: attention per head dim and direction, then loss and patches."""
     found = {}
     rows = result["attention"]
+    unit = throughput_unit(result)
     for head_dim in sorted({row["head_dim"] for row in rows}):
         for direction in ("forward", "backward"):
             mine = [row for row in rows if row["head_dim"] == head_dim and f"{direction}_ms" in row]
             title = f"attention {direction}, head dim {head_dim}"
-            found[title] = _attention_table(mine, direction)
+            found[title] = _attention_table(mine, direction, unit)
     found["loss and patches"] = _memory_table(result["memory"])
     return found
+
+
+def throughput_unit(result: dict[str, Any]) -> tuple[str, float]:
+    """Return the unit that suits the device, and how many of it are one TFLOP/s."""
+    return ("TFLOP/s", 1.0) if result["ceiling"]["tflop_s"] >= 1.0 else ("GFLOP/s", 1e3)
 
 
 def page(result: dict[str, Any]) -> str:
     """Return the whole result as one Markdown page."""
     place, ceiling = result["environment"], result["ceiling"]
+    unit, scale = throughput_unit(result)
     versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items())
-    threads = f", {place['threads']} threads" if "threads" in place else ""
+    threads = f", threads: {place['threads']}" if "threads" in place else ""
     per_core = " Throughput of a CPU is that of one core: work over CPU time." if threads else ""
     parts = [
         f"# Kernels on {place['device']}",
         f"{place['date']}, {place['dtype']}{threads}, {versions}. Measured in the same run: matrix "
-        f"products {_tflops(ceiling['tflop_s'])} TFLOP/s, copies {ceiling['gb_s']:.0f} GB/s."
+        f"products {scale * ceiling['tflop_s']:.0f} {unit}, copies {ceiling['gb_s']:.0f} GB/s."
         + per_core,
-        "A cell is TFLOP/s of useful work and its share of the matrix products; `mixed` is a pack "
+        f"A cell is {unit} of useful work and its share of the matrix products; `mixed` is a pack "
         "of studies with 1 to 7 contrasts and four sizes.",
     ]
     parts += [f"## {title}\n\n{table}" for title, table in result["markdown"].items()]
@@ -44,29 +51,29 @@ def page(result: dict[str, Any]) -> str:
             for name, bar in result["bars"].items()
         ]
         parts.append("## goals\n\n" + markdown_table(["goal", "reached", "bar", "met"], rows))
-    missing = [f"- {name}: {reason}" for name, reason in result["left_out"].items()]
+    missing: dict[str, list[str]] = {}
+    for name, reason in result["left_out"].items():
+        missing.setdefault(reason, []).append(name)
     if missing:
-        parts.append("## left out\n\n" + "\n".join(missing))
+        lines = [f"- {', '.join(names)}: {reason}" for reason, names in missing.items()]
+        parts.append("## left out\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _attention_table(rows: list[dict[str, Any]], direction: str) -> str:
+def _attention_table(rows: list[dict[str, Any]], direction: str, unit: tuple[str, float]) -> str:
     lengths = list(dict.fromkeys(row["lengths"] for row in rows))
     cells = {(row["way"], row["lengths"]): row for row in rows}
     ways = list(dict.fromkeys(row["way"] for row in rows))
     table = []
     for way in ways:
         found = [cells.get((way, length)) for length in lengths]
-        table.append([way, *(_cell(row, direction) if row else "" for row in found)])
-    return markdown_table(["way", *lengths], table)
+        table.append([way, *(_cell(row, direction, unit[1]) if row else "" for row in found)])
+    return markdown_table([f"way, {unit[0]}", *lengths], table)
 
 
-def _cell(row: dict[str, Any], direction: str) -> str:
-    return f"{_tflops(row[f'{direction}_tflop_s'])} ({100 * row[f'{direction}_share']:.0f} %)"
-
-
-def _tflops(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.3f}"
+def _cell(row: dict[str, Any], direction: str, scale: float) -> str:
+    speed = scale * row[f"{direction}_tflop_s"]
+    return f"{speed:.{0 if speed >= 10 else 1}f} ({100 * row[f'{direction}_share']:.0f} %)"
 
 
 def _memory_table(rows: list[dict[str, Any]]) -> str:

@@ -178,7 +178,7 @@ def _step(
 def _setting(config: PackingBenchConfig, place: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items())
     return (
-        f"{place['date']}, {place['threads']} threads, {versions}. AMAE `{config.preset}`, joint "
+        f"{place['date']}, threads: {place['threads']}, {versions}. AMAE `{config.preset}`, joint "
         f"decoder, float32, forward and backward of {config.num_studies} studies, "
         f"{config.grid**3} tokens a volume of size 1, {100 * config.hidden_fraction:.0f} % hidden. "
         f"Bucketed: {config.num_buckets} padded batches of studies of similar length. Of "
