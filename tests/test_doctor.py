@@ -20,6 +20,7 @@ from anycontrast.doctor.node import (
     clean_up,
     confirm,
     examine,
+    gpus,
     try_storage,
 )
 from anycontrast.training.config import load_config
@@ -127,6 +128,25 @@ def test_gpus_that_ray_hands_out_but_no_driver_sees_are_a_failure() -> None:
     found = judge.judge_gpus(two, {"a": 1, "b": 0})
     assert (found.state, found.found) == ("ok", "1: H100 80.0 GiB")
     assert judge.judge_gpus([answer(gpus=())], {}).found == "none: CPUs and gloo"
+
+
+def test_gpus_are_asked_of_the_driver_since_ray_hides_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "nvidia-smi"  # A stub: prints what the real one prints.
+    lines = r"NVIDIA H100 80GB HBM3, 81559, 4\nNVIDIA GB10, [N/A], [N/A]\n"
+    driver.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    first, second = gpus()
+    assert (first.name, first.total_bytes >> 20, first.used_bytes >> 20) == (
+        "NVIDIA H100 80GB HBM3",
+        81559,
+        4,
+    )
+    assert (second.name, second.total_bytes) == ("NVIDIA GB10", 0)
+    driver.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus() == ()
 
 
 def test_more_workers_than_the_cluster_can_hold_are_a_failure() -> None:
