@@ -11,7 +11,10 @@ FLUSH_BYTES = 256 * 2**20
 """More than the second-level cache of any GPU: written between calls so that none finds its data
 there."""
 
-MIN_ROUNDS = 5
+SLEEP_CYCLES = 4_000_000
+"""About 2 ms of a GPU: it sleeps while the host launches, so that launching is not in the time."""
+MIN_CALLS = 5
+MAX_CALLS = 100
 
 
 class Seconds(NamedTuple):
@@ -39,12 +42,12 @@ class Ceiling(NamedTuple):
 def time_together(
     calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float
 ) -> tuple[dict[str, Seconds], dict[str, str]]:
-    """Time several calls in alternating rounds, so that load on the machine meets all alike.
+    """Time several calls; on a CPU in alternating rounds, so that load by others meets all alike.
 
     Args:
         calls: name -> what to time.
         device: where they run.
-        budget_s: time to spend on each, 5 rounds at least.
+        budget_s: time to spend on each, 5 calls at least.
 
     Returns:
         Times, and why the calls that failed did.
@@ -59,13 +62,16 @@ def time_together(
             failures[name] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
         else:
             samples[name] = []
-    once = _time_on_gpu if device.type == "cuda" else _time_on_cpu
-    spent, rounds = 0.0, 0
-    while samples and (rounds < MIN_ROUNDS or (spent < budget_s * len(samples) and rounds < 100)):
+    if device.type == "cuda":
         for name, found in samples.items():
-            found.append(once(calls[name]))
-            spent += found[-1].wall
-        rounds += 1
+            # Again, uncounted: the way before may have left other kernels below an operator.
+            calls[name]()
+            while not _is_enough([found], budget_s):
+                found.append(_time_on_gpu(calls[name]))
+    else:
+        while samples and not _is_enough(list(samples.values()), budget_s):
+            for name, found in samples.items():
+                found.append(_time_on_cpu(calls[name]))
     return {
         name: Seconds(*(statistics.median(column) for column in zip(*found, strict=True)))
         for name, found in samples.items()
@@ -90,6 +96,13 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype, budget_s: float) -
     )
 
 
+def _is_enough(samples: list[list[Seconds]], budget_s: float) -> bool:
+    """Whether calls in rounds have taken their time, on average over the ways."""
+    rounds = min(len(found) for found in samples)
+    spent = sum(seconds.wall for found in samples for seconds in found)
+    return rounds >= MIN_CALLS and (spent >= budget_s * len(samples) or rounds >= MAX_CALLS)
+
+
 def _time_on_cpu(call: Callable[[], object]) -> Seconds:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -101,6 +114,7 @@ def _time_on_gpu(call: Callable[[], object]) -> Seconds:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     start, stop = (torch.Event("cuda", enable_timing=True) for _ in range(2))
     flush.zero_()
+    torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
     start.record()
     cpu = time.process_time()
     call()
