@@ -1,5 +1,5 @@
 {{/* Refusals. Each is one line: the value, what it is, and what to change. All are collected and
-shown together. */}}
+shown together, before RayCluster and RayJob are rendered: one of the two always is. */}}
 
 {{- define "anycontrast.checks" -}}
 {{- $errors := concat
@@ -25,7 +25,7 @@ shown together. */}}
 {{- $errors = append $errors (printf "Kubernetes %s is too old: 1.30 or newer is needed; upgrade the cluster (when rendering without one, pass --kube-version)" $kubernetes) -}}
 {{- end -}}
 {{- if not (semverCompare ">=2.60.0-0 <3.0.0-0" .Values.ray.version) -}}
-{{- $errors = append $errors (printf "ray.version: %s is not supported, 2.60 or newer and below 3 is; set it to the version in the image (its label org.anycontrast.ray-version)" .Values.ray.version) -}}
+{{- $errors = append $errors (printf "ray.version: %s is not supported, 2.60 or newer and below 3 is; set it to the version in the image (its label anycontrast.ray)" .Values.ray.version) -}}
 {{- end -}}
 {{- if .Values.checkPrerequisites -}}
 {{- $hint := "when rendering without a cluster, pass --api-versions %s or set checkPrerequisites=false" -}}
@@ -80,9 +80,6 @@ shown together. */}}
 {{- if not .Values.logs.image.digest -}}
 {{- $errors = append $errors "logs.image.digest: empty; set the digest of the log shipper's image, or set logs.sidecar=false" -}}
 {{- end -}}
-{{- end -}}
-{{- if and (ne .Values.podSecurity.level "restricted") (eq .Values.network.fabric "tcp") -}}
-{{- $errors = append $errors (printf "podSecurity.level: %s is not needed with network.fabric=tcp; set podSecurity.level=restricted" .Values.podSecurity.level) -}}
 {{- end -}}
 {{- toJson $errors -}}
 {{- end -}}
@@ -204,6 +201,9 @@ shown together. */}}
 {{- range $kind := list "claimName" "nfs" "csi" -}}{{- if hasKey $dataset $kind -}}{{- $sources = append $sources $kind -}}{{- end -}}{{- end -}}
 {{- if ne (len $sources) 1 -}}
 {{- $errors = append $errors (printf "%s: has %d of claimName, nfs and csi; set exactly one" $where (len $sources)) -}}
+{{- end -}}
+{{- if and (hasKey $dataset "nfs") (eq $.Values.podSecurity.level "restricted") -}}
+{{- $errors = append $errors (printf "%s.nfs: Pod Security \"restricted\" forbids NFS volumes in pods; make a PersistentVolume and a claim for this export and set claimName, or label the namespace pod-security.kubernetes.io/enforce=privileged and set podSecurity.level=privileged" $where) -}}
 {{- end -}}
 {{- if has .name $names -}}
 {{- $errors = append $errors (printf "%s.name: %s is used twice; choose another" $where .name) -}}

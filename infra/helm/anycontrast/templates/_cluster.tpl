@@ -3,20 +3,20 @@
 {{- define "anycontrast.clusterSpec" -}}
 rayVersion: {{ .Values.ray.version | quote }}
 authOptions:
-  mode: {{ .Values.auth.mode }}
+  mode: {{ .Values.auth.mode | quote }}
   {{- with .Values.auth.existingSecret }}
-  secretName: {{ . }}
+  secretName: {{ . | quote }}
   {{- end }}
 {{- if ne .Values.mode "job" }}
 upgradeStrategy:
-  type: {{ .Values.upgrade.strategy }}
+  type: {{ .Values.upgrade.strategy | quote }}
 {{- end }}
 enableInTreeAutoscaling: {{ .Values.autoscaling.enabled }}
 {{- if .Values.autoscaling.enabled }}
 autoscalerOptions:
   version: v2
   idleTimeoutSeconds: {{ .Values.autoscaling.idleTimeoutSeconds | int }}
-  upscalingMode: {{ .Values.autoscaling.upscalingMode }}
+  upscalingMode: {{ .Values.autoscaling.upscalingMode | quote }}
   resources:
     {{- include "anycontrast.resources" .Values.autoscaling | nindent 4 }}
   securityContext:
@@ -32,7 +32,7 @@ headGroupSpec:
     {{- include "anycontrast.headPod" . | nindent 4 }}
 workerGroupSpecs:
   {{- range $name, $group := include "anycontrast.groups" . | fromJson }}
-  - groupName: {{ $name }}
+  - groupName: {{ $name | quote }}
     {{- if $.Values.autoscaling.enabled }}
     # No number of replicas: the autoscaler owns it, and an upgrade must not put it back.
     minReplicas: {{ $group.minReplicas | int }}
@@ -56,11 +56,11 @@ enableServiceLinks: false
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- with include "anycontrast.schedulerName" . }}
-schedulerName: {{ . }}
+schedulerName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -78,11 +78,11 @@ metadata:
     {{- end }}
 spec:
   {{- include "anycontrast.podBasics" . | nindent 2 }}
-  serviceAccountName: {{ include "anycontrast.serviceAccountName" $context }}
+  serviceAccountName: {{ include "anycontrast.serviceAccountName" $context | quote }}
   # Only the autoscaler asks the Kubernetes API.
   automountServiceAccountToken: {{ .Values.autoscaling.enabled }}
   {{- with $head.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with $head.nodeSelector }}
   nodeSelector:
@@ -98,8 +98,8 @@ spec:
   {{- end }}
   containers:
     - name: ray-head
-      image: {{ include "anycontrast.image" . }}
-      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      image: {{ include "anycontrast.image" . | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
       ports:
         - {name: gcs-server, containerPort: 6379}
         - {name: dashboard, containerPort: 8265}
@@ -130,7 +130,7 @@ spec:
     {{- if .Values.job.inlineConfig }}
     - name: job-config
       configMap:
-        name: {{ include "anycontrast.jobName" . }}
+        name: {{ include "anycontrast.jobName" . | quote }}
     {{- end }}
     {{- end }}
 {{- end -}}
@@ -157,7 +157,7 @@ metadata:
   {{- end }}
 spec:
   {{- include "anycontrast.podBasics" $root | nindent 2 }}
-  serviceAccountName: {{ include "anycontrast.serviceAccountName" $context }}
+  serviceAccountName: {{ include "anycontrast.serviceAccountName" $context | quote }}
   automountServiceAccountToken: false
   {{- if $root.Values.drain.enabled }}
   terminationGracePeriodSeconds: {{ add ($root.Values.drain.deadlineSeconds | int) ($root.Values.drain.marginSeconds | int) }}
@@ -167,17 +167,17 @@ spec:
   dnsPolicy: ClusterFirstWithHostNet
   {{- end }}
   {{- with $group.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with $group.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with $nodeSelector }}
   nodeSelector:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   tolerations:
-    - key: {{ $group.gpus.resourceName }}
+    - key: {{ $group.gpus.resourceName | quote }}
       operator: Exists
       effect: NoSchedule
     {{- with $group.tolerations }}
@@ -196,8 +196,8 @@ spec:
   {{- end }}
   containers:
     - name: ray-worker
-      image: {{ include "anycontrast.image" $root }}
-      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      image: {{ include "anycontrast.image" $root | quote }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
       ports:
         - {name: metrics, containerPort: 8080}
       env:

@@ -22,16 +22,16 @@
 
 {{/* What all pods of the release have and nothing else has. */}}
 {{- define "anycontrast.selectorLabels" -}}
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/part-of: {{ include "anycontrast.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+app.kubernetes.io/part-of: {{ include "anycontrast.name" . | quote }}
 {{- end -}}
 
 {{/* Labels of every object. `app.kubernetes.io/name` is left out: on pods it is KubeRay's. */}}
 {{- define "anycontrast.labels" -}}
 {{ include "anycontrast.selectorLabels" . }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name (.Chart.Version | replace "+" "_") }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name (.Chart.Version | replace "+" "_") | quote }}
 {{- with .Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
@@ -96,6 +96,16 @@ that an upgrade of the chart alone does not change pods. */}}
 {{- $total = add $total (mul $pods ($group.gpus.count | int)) -}}
 {{- end -}}
 {{- $total -}}
+{{- end -}}
+
+{{/* Settings by which the recipe finds what the chart mounts; the cache is for an object store, and
+a tenth of it stays free. */}}
+{{- define "anycontrast.recipeSettings" -}}
+{{- $cache := .Values.storage.cache -}}
+{{- $workers := .Values.job.numWorkers | int | default (include "anycontrast.totalGpus" . | int) -}}
+cluster.num_workers={{ $workers }}
+{{- if and .Values.storage.objectStore.enabled (ne $cache.kind "none") }} store.cache.folder={{ $cache.mountPath }}/shards store.cache.max_bytes={{ div (mul (include "anycontrast.mebibytes" $cache.size | int64) 1048576 9) 10 }}
+{{- end -}}
 {{- end -}}
 
 {{/* Secret that holds the token; empty where KubeRay names it after a cluster not yet made. */}}

@@ -49,17 +49,14 @@ seccompProfile:
 # The operator adds the token; an operator too old to know tokens leaves it out, and Ray then
 # refuses to start instead of running open.
 - name: RAY_AUTH_MODE
-  value: {{ $root.Values.auth.mode }}
+  value: {{ $root.Values.auth.mode | quote }}
 - name: RAY_TRAIN_V2_ENABLED
   value: "1"
-- name: HOME
-  value: /tmp
-- name: TRITON_CACHE_DIR
-  value: /tmp/triton
-- name: TORCHINDUCTOR_CACHE_DIR
-  value: /tmp/torchinductor
+{{- if include "anycontrast.hasCache" . }}
+# Releases that are pulled; shards have their own folder, named to the recipe.
 - name: ANYCONTRAST_CACHE
-  value: {{ ternary $storage.cache.mountPath "/tmp/anycontrast" (include "anycontrast.hasCache" . | not | not) }}
+  value: {{ $storage.cache.mountPath }}/releases
+{{- end }}
 {{- if $storage.objectStore.enabled }}
 {{ include "anycontrast.objectStoreEnv" $root }}
 {{- end }}
@@ -89,21 +86,17 @@ seccompProfile:
 - name: AWS_ACCESS_KEY_ID
   valueFrom:
     secretKeyRef:
-      name: {{ $secret.name }}
-      key: {{ $secret.accessKeyIdKey }}
+      name: {{ $secret.name | quote }}
+      key: {{ $secret.accessKeyIdKey | quote }}
 - name: AWS_SECRET_ACCESS_KEY
   valueFrom:
     secretKeyRef:
-      name: {{ $secret.name }}
-      key: {{ $secret.secretAccessKeyKey }}
+      name: {{ $secret.name | quote }}
+      key: {{ $secret.secretAccessKeyKey | quote }}
 {{- end }}
-{{- else -}}
-- name: GOOGLE_CLOUD_REGION
-  value: {{ $store.region | quote }}
-{{- if $fromSecret }}
+{{- else if $fromSecret -}}
 - name: GOOGLE_APPLICATION_CREDENTIALS
   value: /var/run/secrets/anycontrast/object-store/{{ $secret.fileKey }}
-{{- end }}
 {{- end }}
 {{- end -}}
 
@@ -122,51 +115,51 @@ seccompProfile:
 - name: shared-mem
   emptyDir:
     medium: Memory
-    sizeLimit: {{ .sharedMemory }}
+    sizeLimit: {{ .sharedMemory | quote }}
 - name: ray-logs
   emptyDir:
-    sizeLimit: {{ .ephemeralStorage }}
+    sizeLimit: {{ .ephemeralStorage | quote }}
 - name: tmp
   emptyDir:
-    sizeLimit: {{ .ephemeralStorage }}
+    sizeLimit: {{ .ephemeralStorage | quote }}
 {{- if $storage.runs.enabled }}
 - name: runs
   persistentVolumeClaim:
-    claimName: {{ $storage.runs.existingClaim | default (printf "%s-runs" (include "anycontrast.fullname" $root)) }}
+    claimName: {{ $storage.runs.existingClaim | default (printf "%s-runs" (include "anycontrast.fullname" $root)) | quote }}
 {{- end }}
 {{- if include "anycontrast.hasCache" . }}
 - name: cache
 {{- if eq $storage.cache.kind "persistentVolumeClaim" }}
   persistentVolumeClaim:
-    claimName: {{ $storage.cache.existingClaim | default (printf "%s-cache" (include "anycontrast.fullname" $root)) }}
+    claimName: {{ $storage.cache.existingClaim | default (printf "%s-cache" (include "anycontrast.fullname" $root)) | quote }}
 {{- else if $storage.cache.storageClassName }}
   ephemeral:
     volumeClaimTemplate:
       spec:
         accessModes: [ReadWriteOnce]
-        storageClassName: {{ $storage.cache.storageClassName }}
+        storageClassName: {{ $storage.cache.storageClassName | quote }}
         resources:
           requests:
-            storage: {{ $storage.cache.size }}
+            storage: {{ $storage.cache.size | quote }}
 {{- else }}
   emptyDir:
-    sizeLimit: {{ $storage.cache.size }}
+    sizeLimit: {{ $storage.cache.size | quote }}
 {{- end }}
 {{- end }}
 {{- range $storage.datasets }}
 - name: dataset-{{ .name }}
 {{- if .claimName }}
   persistentVolumeClaim:
-    claimName: {{ .claimName }}
+    claimName: {{ .claimName | quote }}
     readOnly: {{ dig "readOnly" true . }}
 {{- else if .nfs }}
   nfs:
-    server: {{ .nfs.server }}
-    path: {{ .nfs.path }}
+    server: {{ .nfs.server | quote }}
+    path: {{ .nfs.path | quote }}
     readOnly: {{ dig "readOnly" true . }}
 {{- else }}
   csi:
-    driver: {{ .csi.driver }}
+    driver: {{ .csi.driver | quote }}
     readOnly: {{ dig "readOnly" true . }}
     {{- with .csi.volumeAttributes }}
     volumeAttributes:
@@ -177,13 +170,13 @@ seccompProfile:
 {{- if include "anycontrast.hasCredentialsFile" $root }}
 - name: object-store-credentials
   secret:
-    secretName: {{ $storage.objectStore.existingSecret.name }}
+    secretName: {{ $storage.objectStore.existingSecret.name | quote }}
     defaultMode: 0440
 {{- end }}
 {{- if $root.Values.logs.sidecar }}
 - name: log-shipper
   configMap:
-    name: {{ include "anycontrast.fullname" $root }}-log-shipper
+    name: "{{ include "anycontrast.fullname" $root }}-log-shipper"
 {{- end }}
 {{- with $root.Values.pods.volumes }}
 {{ toYaml . }}
@@ -202,15 +195,15 @@ seccompProfile:
   mountPath: /tmp/ray
 {{- if $storage.runs.enabled }}
 - name: runs
-  mountPath: {{ $storage.runs.mountPath }}
+  mountPath: {{ $storage.runs.mountPath | quote }}
 {{- end }}
 {{- if include "anycontrast.hasCache" . }}
 - name: cache
-  mountPath: {{ $storage.cache.mountPath }}
+  mountPath: {{ $storage.cache.mountPath | quote }}
 {{- end }}
 {{- range $storage.datasets }}
 - name: dataset-{{ .name }}
-  mountPath: {{ .mountPath }}
+  mountPath: {{ .mountPath | quote }}
   readOnly: {{ dig "readOnly" true . }}
 {{- end }}
 {{- if include "anycontrast.hasCredentialsFile" $root }}
@@ -226,8 +219,8 @@ seccompProfile:
 {{/* The log shipper's container. */}}
 {{- define "anycontrast.logSidecar" -}}
 - name: log-shipper
-  image: {{ include "anycontrast.imageReference" (dict "image" .Values.logs.image "tag" "") }}
-  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  image: {{ include "anycontrast.imageReference" (dict "image" .Values.logs.image "tag" "") | quote }}
+  imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
   args: [--config, /etc/log-shipper/fluent-bit.yaml]
   securityContext:
     {{- include "anycontrast.securityContext" (dict "root" .) | nindent 4 }}

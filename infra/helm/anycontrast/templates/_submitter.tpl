@@ -19,38 +19,36 @@ spec:
   volumes:
     - name: tmp
       emptyDir:
-        sizeLimit: {{ $submitter.ephemeralStorage }}
+        sizeLimit: {{ $submitter.ephemeralStorage | quote }}
 {{- end -}}
 
 {{- define "anycontrast.submitterBasics" -}}
 securityContext:
   {{- include "anycontrast.podSecurityContext" . | nindent 2 }}
 enableServiceLinks: false
-serviceAccountName: {{ include "anycontrast.serviceAccountName" (dict "root" . "component" "submitter") }}
+serviceAccountName: {{ include "anycontrast.serviceAccountName" (dict "root" . "component" "submitter") | quote }}
 automountServiceAccountToken: false
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end -}}
 
 {{- define "anycontrast.submitterContainer" -}}
 {{- $submitter := .Values.job.submitter -}}
-image: {{ include "anycontrast.image" . }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
+image: {{ include "anycontrast.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
 env:
-  - name: HOME
-    value: /tmp
   - name: RAY_AUTH_MODE
-    value: {{ .Values.auth.mode }}
+    value: {{ .Values.auth.mode | quote }}
   {{- if eq .Values.auth.mode "token" }}
   {{- with include "anycontrast.tokenSecret" . }}
   - name: RAY_AUTH_TOKEN
     valueFrom:
       secretKeyRef:
-        name: {{ . }}
+        name: {{ . | quote }}
         key: auth_token
   {{- end }}
   {{- end }}

@@ -1,0 +1,234 @@
+"""The chart renders, and what it renders is valid, safe and what KubeRay accepts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from infra.chart_tools import manifests, pod_policy, readme
+
+CHART = Path(__file__).parents[2] / "infra" / "helm" / "anycontrast"
+EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+FABRICS: dict[str, dict[str, Any]] = {
+    "rdmaShared": {"rdma": {"resourceName": "rdma/hca"}},
+    "sriov": {"rdma": {"resourceName": "nvidia.com/vf"}, "sriov": {"networks": "net/a,net/b"}},
+    "hostNetwork": {"hostNetwork": {"nodeCidrs": ["10.1.0.0/16"]}, "interface": "bond0"},
+}
+
+
+def level_of(path: Path) -> str:
+    level: str = yaml.safe_load(path.read_text()).get("podSecurity", {}).get("level", "restricted")
+    return level
+
+
+def only(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    found = [d for d in documents if d["kind"] == kind]
+    assert len(found) == 1, [d["metadata"]["name"] for d in found]
+    return found[0]
+
+
+def worker(documents: list[dict[str, Any]]) -> manifests.PodTemplate:
+    return next(p for p in manifests.pod_templates(documents) if p.num_gpus)
+
+
+def test_lint_finds_nothing(tools: dict[str, Path], run: Any) -> None:
+    for values in (None, *EXAMPLES):
+        extra = [] if values is None else ["--values", values]
+        linted = run(tools["helm"], "lint", "--strict", CHART, *extra)
+        assert linted.code == 0, linted.out + linted.error
+        assert "[WARNING]" not in linted.out
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.stem))
+def test_every_example_is_valid_safe_and_accepted(
+    example: Path, render: Any, faults: Any, crds: Path
+) -> None:
+    documents = render(example).documents
+    assert faults(documents, level_of(example)) == []
+    pods = list(manifests.pod_templates(documents))
+    assert any(pod.num_gpus for pod in pods)
+    assert pod_policy.uncovered_ports(pods, documents) == []
+    other = render(example, helm=3).documents
+    assert sorted(map(str, other)) == sorted(map(str, documents)), "Helm 3 and 4 differ"
+
+
+@pytest.mark.parametrize("mode", ["cluster", "job", "clusterAndJob"])
+def test_each_mode_makes_what_it_says(mode: str, render: Any, faults: Any, minimal: Any) -> None:
+    documents = render(minimal, {"mode": mode}).documents
+    kinds = {d["kind"] for d in documents} & {"RayCluster", "RayJob"}
+    assert kinds == {
+        "cluster": {"RayCluster"}, "job": {"RayJob"}, "clusterAndJob": {"RayCluster", "RayJob"},
+    }[mode]  # fmt: skip
+    assert faults(documents, versions=("1.37",)) == []
+
+
+def test_the_job_runs_the_recipe_on_all_gpus(render: Any, minimal: Any) -> None:
+    job = {"mode": "job", "job": {"arguments": ["root=/runs/a", "pretrain.epochs=3"]}}
+    spec = only(render(minimal, job).documents, "RayJob")["spec"]
+    assert spec["entrypoint"] == (
+        "python recipes/amae_pretrain.py recipes/configs/amae_base.yaml cluster.num_workers=16 "
+        "root=/runs/a pretrain.epochs=3"
+    )
+    root = CHART.parents[2]
+    assert all((root / word).is_file() for word in spec["entrypoint"].split()[1:3])
+
+
+def test_the_recipe_is_told_where_the_cache_is(render: Any, minimal: Any) -> None:
+    store = {"objectStore": {"enabled": True}, "cache": {"size": "100Gi"}}
+    documents = render(minimal, {"mode": "job", "storage": store}).documents
+    words = only(documents, "RayJob")["spec"]["entrypoint"].split()
+    assert "store.cache.folder=/cache/shards" in words
+    assert f"store.cache.max_bytes={100 * 2**30 * 9 // 10}" in words
+    pod = worker(documents)
+    assert {"name": "cache", "emptyDir": {"sizeLimit": "100Gi"}} in pod.spec["volumes"]
+    limits = pod.containers[0]["resources"]["limits"]
+    assert limits["ephemeral-storage"] == f"{200 * 1024}Mi", "an emptyDir counts as local disk"
+
+
+def test_an_inline_config_reaches_the_head(render: Any, minimal: Any) -> None:
+    config = {"name": "ours", "model": {"preset": "tiny"}}
+    documents = render(minimal, {"mode": "job", "job": {"inlineConfig": config}}).documents
+    job = only(documents, "RayJob")
+    assert "recipes/amae_pretrain.py /etc/anycontrast/config.yaml" in job["spec"]["entrypoint"]
+    maps = [d for d in documents if d["kind"] == "ConfigMap"]
+    assert yaml.safe_load(maps[0]["data"]["config.yaml"]) == config
+    head = next(p for p in manifests.pod_templates(documents) if p.where.endswith("head"))
+    assert {"name": "job-config", "configMap": {"name": maps[0]["metadata"]["name"]}} in (
+        head.spec["volumes"]
+    )
+
+
+@pytest.mark.parametrize("fabric", FABRICS)
+def test_a_fabric_sets_everything_together(
+    fabric: str, render: Any, faults: Any, minimal: Any
+) -> None:
+    network = {"fabric": fabric, **FABRICS[fabric]}
+    values = {"network": network, "podSecurity": {"level": "privileged"}}
+    documents = render(minimal, values).documents
+    assert faults(documents, "privileged", versions=("1.37",)) == []
+    pod = worker(documents)
+    container = pod.containers[0]
+    env = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert (env["NCCL_NET"], env["NCCL_IB_DISABLE"]) == ("IB", "0")
+    assert (
+        env["NCCL_SOCKET_IFNAME"] == env["GLOO_SOCKET_IFNAME"] == network.get("interface", "eth0")
+    )
+    assert container["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"], "drop": ["ALL"]}
+    wanted = network.get("rdma", {}).get("resourceName")
+    assert wanted is None or container["resources"]["limits"][wanted] == "1"
+    assert pod.spec.get("hostNetwork", False) is (fabric == "hostNetwork")
+    networks = pod.metadata.get("annotations", {}).get("k8s.v1.cni.cncf.io/networks")
+    assert networks == network.get("sriov", {}).get("networks")
+    if fabric == "hostNetwork":
+        policies = {d["metadata"]["name"]: d["spec"] for d in documents if "spec" in d}
+        assert {"ipBlock": {"cidr": "10.1.0.0/16"}} in policies["r-anycontrast-cluster"]["ingress"][
+            0
+        ]["from"]
+
+
+def test_tcp_is_named_too_and_needs_no_capability(render: Any, minimal: Any) -> None:
+    container = worker(render(minimal).documents).containers[0]
+    env = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert (env["NCCL_NET"], env["NCCL_IB_DISABLE"]) == ("Socket", "1")
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize(
+    ("gang", "labels", "scheduler"),
+    [
+        ("kueue", {"kueue.x-k8s.io/queue-name": "q"}, None),
+        ("volcano", {"volcano.sh/queue-name": "q"}, "volcano"),
+        ("yunikorn", {"yunikorn.apache.org/queue": "q", "ray.io/gang-scheduling-enabled": "true"},
+         "yunikorn"),
+        ("kai", {"kai.scheduler/queue": "q"}, "kai-scheduler"),
+    ],
+)  # fmt: skip
+def test_a_gang_scheduler_gets_its_labels(
+    gang: str, labels: dict[str, str], scheduler: str | None, render: Any, minimal: Any
+) -> None:
+    for mode, kind in (("cluster", "RayCluster"), ("job", "RayJob")):
+        values = {"mode": mode, "scheduling": {"gang": gang, "queue": "q"}}
+        documents = render(minimal, values).documents
+        assert labels.items() <= only(documents, kind)["metadata"]["labels"].items()
+        for pod in manifests.pod_templates(documents):
+            if not pod.where.endswith(("submitter", "doctor")):
+                assert pod.spec.get("schedulerName") == scheduler
+
+
+def test_the_autoscaler_owns_the_number_of_workers(render: Any, faults: Any, minimal: Any) -> None:
+    values = {
+        "image": minimal["image"],
+        "autoscaling": {"enabled": True},
+        "workerGroups": {"gpu": {"minReplicas": 0, "maxReplicas": 3}},
+        "networkPolicy": {"apiServer": {"cidrs": ["10.0.0.1/32"]}},
+    }
+    documents = render(values).documents
+    assert faults(documents, versions=("1.37",)) == []
+    spec = only(documents, "RayCluster")["spec"]
+    group = spec["workerGroupSpecs"][0]
+    assert "replicas" not in group and (group["minReplicas"], group["maxReplicas"]) == (0, 3)
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is True
+
+
+def test_a_worker_drains_before_it_ends(render: Any, minimal: Any) -> None:
+    pod = worker(render(minimal, {"drain": {"deadlineSeconds": 25, "marginSeconds": 5}}).documents)
+    script = pod.containers[0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert "ray drain-node" in script and "--deadline-remaining-seconds 25" in script
+    assert pod.spec["terminationGracePeriodSeconds"] == 30
+    without = worker(render(minimal, {"drain": {"enabled": False}}).documents)
+    assert "lifecycle" not in without.containers[0]
+
+
+def test_only_named_callers_reach_the_dashboard(render: Any, minimal: Any) -> None:
+    values = {"networkPolicy": {"dashboardNamespaces": ["jupyter"], "operatorNamespace": "ops"}}
+    documents = render(minimal, values).documents
+    head = next(p for p in manifests.pod_templates(documents) if p.where.endswith("head"))
+    callers = []
+    for policy in (d["spec"] for d in documents if d["kind"] == "NetworkPolicy"):
+        if pod_policy.selects(policy["podSelector"], head.labels):
+            for rule in policy.get("ingress", []):
+                if any(port["port"] == 8265 for port in rule.get("ports", [])):
+                    callers += rule["from"]
+    names = [
+        caller.get("namespaceSelector", {})
+        .get("matchLabels", {})
+        .get("kubernetes.io/metadata.name")
+        for caller in callers
+    ]
+    assert names == [None, "ops", "jupyter"]  # None: the release's own submitter.
+
+
+def test_without_an_object_store_pods_reach_nothing_outside(render: Any, minimal: Any) -> None:
+    def blocks(*values: Any) -> list[str]:
+        text = yaml.safe_dump(
+            [d for d in render(*values).documents if d["kind"] == "NetworkPolicy"]
+        )
+        return [line.split()[-1] for line in text.splitlines() if "cidr:" in line]
+
+    assert blocks(minimal) == []
+    store = {"storage": {"objectStore": {"enabled": True}}}
+    assert blocks(minimal, store) == ["0.0.0.0/0"]
+
+
+def test_credentials_come_from_the_secret_and_are_never_written(render: Any, minimal: Any) -> None:
+    for provider, variable in (("s3", "AWS_SECRET_ACCESS_KEY"), ("gcs", None)):
+        store = {"enabled": True, "provider": provider, "credentials": "existingSecret"}
+        values = {"storage": {"objectStore": {**store, "existingSecret": {"name": "keys"}}}}
+        pod = worker(render(minimal, values).documents)
+        env = {entry["name"]: entry for entry in pod.containers[0]["env"]}
+        if variable:
+            assert env[variable]["valueFrom"]["secretKeyRef"]["name"] == "keys"
+        else:
+            path = env["GOOGLE_APPLICATION_CREDENTIALS"]["value"]
+            mounts = [m["mountPath"] for m in pod.containers[0]["volumeMounts"]]
+            assert path.rpartition("/")[0] in mounts
+
+
+def test_the_readme_is_current() -> None:
+    assert (CHART / "README.md").read_text() == readme.rendered(CHART)
+
+
+def test_a_value_without_a_comment_is_found() -> None:
+    with pytest.raises(ValueError, match=r"yaml:4: c\.d has no comment"):
+        readme.documented("# -- one\na: 1\nc: {d: 2}\n".replace("{d: 2}", "\n  d: 2"))
