@@ -15,10 +15,9 @@ from anycontrast_datasets.cost import BlockStack, CostModel, flops_cost
 
 TRAINING_FACTOR = 3.0
 """A backward pass costs twice the forward pass."""
-RECOMPUTE_FACTOR = 4.0
-BYTES_PER_LAYER = 34
-"""Activations a token keeps per block and unit of width, bf16, without attention matrices."""
-BYTES_PER_LAYER_RECOMPUTED = 2
+BYTES_PER_LAYER = {"none": 34, "selective": 18, "full": 2}
+"""Activations a token keeps per block and unit of width, bf16, without attention matrices, by what
+is recomputed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +62,26 @@ def model_cost(model: AMAEConfig, masking: MaskingConfig) -> ModelCost:
         per_token=2 * num_voxels * (size.width * visible + size.decoder_width * targets)
         + 2 * size.width * size.decoder_width * visible,
     )
-    factor = RECOMPUTE_FACTOR if model.recompute else TRAINING_FACTOR
-    per_layer = BYTES_PER_LAYER_RECOMPUTED if model.recompute else BYTES_PER_LAYER
+    linear, quadratic = _training_factors(str(model.recompute), size.mlp_ratio)
+    per_layer = BYTES_PER_LAYER[str(model.recompute)]
     layers = size.width * size.depth * visible + size.decoder_width * size.decoder_depth * decoded
     # As float32 the visible voxels, and target and prediction of the targets.
     voxels = num_voxels * (4 * visible + 8 * targets)
     return ModelCost(
         num_parameters=parameters,
-        flops=CostModel(linear=factor * forward.linear, quadratic=factor * forward.quadratic),
+        flops=CostModel(linear=linear * forward.linear, quadratic=quadratic * forward.quadratic),
         activation_bytes_per_token=per_layer * layers + voxels,
     )
+
+
+def _training_factors(recompute: str, mlp_ratio: float) -> tuple[float, float]:
+    """Operations of a training step over those of its forward pass: projections, attention."""
+    if recompute == "full":
+        return TRAINING_FACTOR + 1.0, TRAINING_FACTOR + 1.0
+    if recompute == "selective":
+        # The first layer of the MLP again: 2 m of a block's 8 + 4 m.
+        return TRAINING_FACTOR + 2 * mlp_ratio / (8 + 4 * mlp_ratio), TRAINING_FACTOR
+    return TRAINING_FACTOR, TRAINING_FACTOR
 
 
 def gpu_bytes(

@@ -22,13 +22,15 @@ from anycontrast.models.blocks import (
     CrossBlock,
     Linear,
     init_blocks,
+    recompute_policy,
     run_block,
 )
+from anycontrast.models.capacity import pad_tokens
 from anycontrast.models.encoder import check_block_shape
 from anycontrast.models.masking import MaskedPack
 from anycontrast.models.positions import sincos_position
 from anycontrast_datasets.contrast import NUM_CONTRAST_IDS
-from anycontrast_kernels.sequences import sequences
+from anycontrast_kernels.sequences import Sequences, sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,11 @@ class DecoderConfig:
     mlp_ratio: float = 4.0
     position_patch_mm: float = 16.0
     """Length of one step of the position code, in mm."""
-    recompute: bool = False
-    """Compute activations again in the backward pass."""
+    recompute: bool | str = "none"
+    """See `blocks.RECOMPUTE`."""
 
     def __post_init__(self) -> None:
+        recompute_policy(self.recompute, "decoder: recompute")
         if self.kind not in ("joint", "cross"):
             raise ValueError(f"decoder.kind must be joint or cross, got {self.kind!r}")
         check_block_shape("decoder", self.width, self.depth, self.num_heads, self.mlp_ratio)
@@ -61,12 +64,16 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         hidden_width = int(config.width * config.mlp_ratio)
+        recompute = recompute_policy(config.recompute, "decoder: recompute")
+        self.has_static_shapes = False
+        """Whether blocks get rows padded to one of few numbers; set where they are compiled."""
         block = Block if config.kind == "joint" else CrossBlock
         self.project = Linear(config.encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(config.width))
         self.contrast_embedding = nn.Embedding(NUM_CONTRAST_IDS, config.width)
         self.blocks = nn.ModuleList(
-            block(config.width, config.num_heads, hidden_width) for _ in range(config.depth)
+            block(config.width, config.num_heads, hidden_width, recompute=recompute)
+            for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.head = Linear(config.width, config.num_voxels)
@@ -81,6 +88,12 @@ class Decoder(nn.Module):
         )
         return F.embedding(pack.batch.volume_T, contrast_Vd) + position_Td.to(contrast_Vd.dtype)
 
+    def rows(self, x_Td: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Sequences]:
+        """Tokens as the blocks get them, and their sequences."""
+        if self.has_static_shapes:
+            return pad_tokens(x_Td, lengths)
+        return x_Td, sequences(lengths, x_Td.device)
+
 
 class JointDecoder(Decoder):
     """Self-attention over all tokens of a study, visible and hidden.
@@ -94,7 +107,7 @@ class JointDecoder(Decoder):
         mask_Td = self.mask_token.to(place_Td.dtype).expand_as(place_Td)
         visible_Nd = self.project(encoded_ND).to(place_Td.dtype)
         x_Td = mask_Td.index_copy(0, pack.visible_index_N, visible_Nd) + place_Td
-        runs = sequences(pack.batch.lengths, x_Td.device)
+        x_Td, runs = self.rows(x_Td, pack.batch.lengths)
         for block in self.blocks:
             x_Td = run_block(block, x_Td, runs, recompute=self.config.recompute)
         prediction_MP: Tensor = self.head(self.norm(x_Td.index_select(0, pack.target_index_M)))
@@ -117,13 +130,13 @@ class CrossDecoder(Decoder):
         visible_Nd = self.project(encoded_ND).to(place_Td.dtype)
         memory_Nd = self.memory_norm(visible_Nd + place_Td.index_select(0, pack.visible_index_N))
         x_Md = self.mask_token + place_Td.index_select(0, pack.target_index_M)
-        runs = sequences(pack.target_lengths, x_Md.device)
-        memory_runs = sequences(pack.visible_lengths, x_Md.device)
+        x_Md, runs = self.rows(x_Md, pack.target_lengths)
+        memory_Nd, memory_runs = self.rows(memory_Nd, pack.visible_lengths)
         for block in self.blocks:
             x_Md = run_block(
                 block, x_Md, memory_Nd, runs, memory_runs, recompute=self.config.recompute
             )
-        prediction_MP: Tensor = self.head(self.norm(x_Md))
+        prediction_MP: Tensor = self.head(self.norm(x_Md[: pack.num_targets]))
         return prediction_MP
 
 

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anycontrast.models.blocks import LAYER_NORM_EPS, Block, init_blocks, run_block
+from anycontrast.models.blocks import (
+    LAYER_NORM_EPS,
+    Block,
+    init_blocks,
+    recompute_policy,
+    run_block,
+)
+from anycontrast.models.capacity import pad_tokens
 from anycontrast.models.patches import patch_zscores
 from anycontrast.models.positions import sincos_position
 from anycontrast.models.tokenizer import DynamicTokenizer
@@ -47,10 +54,11 @@ class EncoderConfig:
     """Add a learned vector per contrast to the tokens, beside what the tokenizer does."""
     position_patch_mm: float = 16.0
     """Length of one step of the position code, in mm."""
-    recompute: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    recompute: bool | str = "none"
+    """See `blocks.RECOMPUTE`."""
 
     def __post_init__(self) -> None:
+        recompute_policy(self.recompute, "encoder: recompute")
         check_block_shape("encoder", self.width, self.depth, self.num_heads, self.mlp_ratio)
 
 
@@ -91,11 +99,15 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         hidden_width = int(config.width * config.mlp_ratio)
+        recompute = recompute_policy(config.recompute, "encoder: recompute")
+        self.has_static_shapes = False
+        """Whether blocks get rows padded to one of few numbers; set where they are compiled."""
         self.contrast_embedding = (
             nn.Embedding(NUM_CONTRAST_IDS, config.width) if config.contrast_embedding else None
         )
         self.blocks = nn.ModuleList(
-            Block(config.width, config.num_heads, hidden_width) for _ in range(config.depth)
+            Block(config.width, config.num_heads, hidden_width, recompute=recompute)
+            for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         init_blocks(self)
@@ -126,12 +138,16 @@ class Encoder(nn.Module):
         """
         self._check(batch, taps)
         tokens_ND, runs = self.embed(batch, visible)
+        num_tokens = tokens_ND.shape[0]
+        if self.has_static_shapes:
+            lengths = batch.lengths if visible is None else visible[1]
+            tokens_ND, runs = pad_tokens(tokens_ND, lengths)
         tapped: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
             tokens_ND = run_block(block, tokens_ND, runs, recompute=self.config.recompute)
             if number in taps:
-                tapped[number] = tokens_ND
-        return self.norm(tokens_ND), [tapped[number] for number in taps]
+                tapped[number] = tokens_ND[:num_tokens]
+        return self.norm(tokens_ND[:num_tokens]), [tapped[number] for number in taps]
 
     def embed(self, batch: PackedBatch, visible: Visible | None = None) -> tuple[Tensor, Sequences]:
         """Cut out the visible patches, project and place them: [N, D] and their runs."""

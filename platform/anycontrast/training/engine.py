@@ -247,7 +247,7 @@ class Engine:
         """Make AdamW's state as its first step would, so saving and loading know one case."""
         for flat in self._flat_parameters():
             self._adamw.state[flat] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=flat.device),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
         if self.stage in (1, 2):

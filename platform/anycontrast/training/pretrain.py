@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from anycontrast.models.amae import AMAE, AMAEConfig
+from anycontrast.models.compiled import compile_blocks
 from anycontrast.models.masking import MaskedPack, MaskingConfig, mask_batch
 from anycontrast.shards import open_shards
 from anycontrast.training.loop import LoopConfig, TrainingError, run_loop
-from anycontrast.training.process_group import process_group, rank, world_size
+from anycontrast.training.process_group import device, process_group, rank, world_size
 from anycontrast.training.task import Micro, Parts, Validation
 from anycontrast_datasets.batch import PackedBatch
 from anycontrast_datasets.contrast import contrast_id
@@ -45,6 +46,23 @@ class PretrainConfig(LoopConfig):
     init_from: str | None = None
     """Checkpoint folder to take weights from (not the optimiser, nor the step) where this run has
     no checkpoint of its own; None starts from random weights."""
+    compile: bool | None = None
+    """Compile the transformer blocks with `torch.compile`, padding their rows to few sizes. None:
+    on CUDA where `engine.zero_stage` is below 3. On CPU it needs a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.engine.zero_stage == 3:
+            raise ValueError(
+                "pretrain.compile needs engine.zero_stage below 3, which gathers weights in hooks "
+                "that cannot be compiled; set pretrain.compile=false"
+            )
+
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether blocks are compiled on `device`."""
+        if self.compile is None:
+            return device.type == "cuda" and self.engine.zero_stage < 3
+        return self.compile
 
 
 class PretrainTask:
@@ -140,6 +158,8 @@ def pretrain_worker(
         has_own = any((config.paths.pretrain / "checkpoints").glob("step-????????"))
         if config.pretrain.init_from is not None and not has_own:
             _init_from(task.model, Path(config.pretrain.init_from))
+        if config.pretrain.compiles_on(device()):
+            compile_blocks(task.model)
 
         def open_stream(start_step: int) -> StudyStream:
             return StudyStream(
