@@ -55,8 +55,8 @@ class TileRows(NamedTuple):
 
 
 _HALF = {
-    (80, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
-    (80, 128): Tilings(Tiling(128, 32, 8, 3), Tiling(128, 32, 8, 2), Tiling(128, 32, 8, 2)),
+    (80, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 3)),
+    (80, 128): Tilings(Tiling(128, 32, 8, 3), Tiling(64, 32, 8, 2), Tiling(128, 32, 8, 2)),
     (90, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
     (90, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 2)),
     (100, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
@@ -64,7 +64,7 @@ _HALF = {
 }
 _SINGLE = {
     64: Tilings(Tiling(64, 32, 8, 2), Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2)),
-    128: Tilings(Tiling(64, 16, 8, 2), Tiling(64, 16, 8, 2), Tiling(64, 16, 8, 2)),
+    128: Tilings(Tiling(64, 16, 16, 2), Tiling(64, 16, 8, 2), Tiling(64, 16, 8, 2)),
 }
 
 

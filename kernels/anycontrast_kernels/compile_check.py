@@ -29,12 +29,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KERNEL_MODULES = (
-    "anycontrast_kernels.triton_attention",
-    "anycontrast_kernels.triton_attention_backward",
-    "anycontrast_kernels.triton_patchify",
-    "anycontrast_kernels.triton_patch_loss",
-)
+KERNEL_FILES = "triton_*.py"
+"""Files of this package that hold kernels."""
+
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 """Most shared memory one program may ask for."""
@@ -84,10 +81,12 @@ def jobs(cases: Sequence[CompileCase] | None = None) -> Iterator[Job]:
     """Yield every case for every chip it is for.
 
     Args:
-        cases: default those of all `KERNEL_MODULES`.
+        cases: default those of all `KERNEL_FILES`.
     """
     if cases is None:
-        cases = [case for name in KERNEL_MODULES for case in import_module(name).COMPILE_CASES]
+        names = sorted(path.stem for path in Path(__file__).parent.glob(KERNEL_FILES))
+        modules = [import_module(f"anycontrast_kernels.{name}") for name in names]
+        cases = [case for module in modules for case in module.COMPILE_CASES]
     for case in cases:
         for capability in case[4].get("capabilities", CAPABILITIES):
             yield Job(case, capability)
@@ -107,14 +106,15 @@ def check(job: Job) -> Finding:
         target=GPUTarget("cuda", job.capability, 32),
         options={key: value for key, value in options.items() if key != "capabilities"},
     )
-    registers, stack, local = _resources(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    registers, stack, local = _resources(cubin)
     shared = int(compiled.metadata.shared)
     count = len(_TENSOR_CORE[job.capability].findall(compiled.asm["ptx"]))
     problems = []
-    if not compiled.asm["cubin"]:
-        problems.append("no machine code")
     if _HALF_PRODUCT.search(compiled.asm["ttir"]) and count == 0:
         problems.append("16-bit products do not use the tensor cores")
+    if job.capability == 90 and count and _is_serialized(cubin):
+        problems.append("the assembler waits for every single tensor-core instruction")
     if stack or local:
         problems.append(f"spills: {stack} bytes of stack, {local} of local memory")
     if shared > SHARED_LIMIT_BYTES[job.capability]:
@@ -124,15 +124,26 @@ def check(job: Job) -> Finding:
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:
     """Registers of a thread, bytes of stack, bytes of local memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _read_code(cubin, "cuobjdump", "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     assert found is not None, text
     return int(found[1]), int(found[2]), int(found[3])
+
+
+def _is_serialized(cubin: bytes) -> bool:
+    """Whether as many waits as `wgmma` instructions are left: several should share one."""
+    text = _read_code(cubin, "nvdisasm", "-c")
+    return text.count("WARPGROUP.DEPBAR") >= text.count("HGMMA.")
+
+
+def _read_code(cubin: bytes, tool: str, option: str) -> str:
+    """What a tool of Triton's wheel prints about machine code."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(path), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -155,6 +155,8 @@ def forward_kernel(
         tl.store(lse + start + rows, float("-inf"), mask=start + rows < end)
 
     start_q, num_q, start_k, num_k = locate(tiles, tl.program_id(0), cu_q, cu_k)
+    if num_q <= 0:
+        return
     q += start_q * q_stride + head * HEAD_DIM
     k += start_k * k_stride + head * HEAD_DIM
     v += start_k * v_stride + head * HEAD_DIM

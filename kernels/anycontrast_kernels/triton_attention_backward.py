@@ -77,6 +77,8 @@ def dq_kernel(
     zero_rows(dq, dq_stride, first, end, HEAD_DIM, BLOCK_D)
 
     start_q, num_q, start_k, num_k = locate(tiles, tl.program_id(0), cu_q, cu_k)
+    if num_q <= 0:
+        return
     dout += start_q * dout_stride + head * HEAD_DIM
     out += start_q * out_stride + head * HEAD_DIM
     q += start_q * q_stride + head * HEAD_DIM
@@ -147,6 +149,8 @@ def dkdv_kernel(
     zero_rows(dv, grad_stride, first, end, HEAD_DIM, BLOCK_D)
 
     start_k, num_k, start_q, num_q = locate(tiles, tl.program_id(0), cu_k, cu_q)
+    if num_k <= 0:
+        return
     k += start_k * k_stride + head * HEAD_DIM
     v += start_k * v_stride + head * HEAD_DIM
     q += start_q * q_stride + head * HEAD_DIM

@@ -1,0 +1,47 @@
+"""Every Triton kernel is compiled for chips that are not here, and the machine code looked at."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from anycontrast_kernels import compile_check
+
+# What shows most: every attention kernel on the newest chip but one, and the tightest elsewhere.
+QUICK = (
+    "forward_kernel-sm90-bf16-HEAD_DIM=64-",
+    "dkdv_kernel-sm90-bf16-HEAD_DIM=128-",
+    "dq_kernel-sm80-bf16-HEAD_DIM=64-",
+)
+ALL = list(compile_check.jobs())
+
+
+def quick_jobs() -> list[compile_check.Job]:
+    return [job for job in ALL if job.name.startswith(QUICK)]
+
+
+def test_the_quick_selection_names_kernels_there_are() -> None:
+    assert len(quick_jobs()) == len(QUICK)
+
+
+@pytest.mark.parametrize("job", quick_jobs(), ids=lambda job: job.name)
+def test_compiles_to_what_a_launch_needs(job: compile_check.Job) -> None:
+    found = compile_check.check(job)
+    assert not found.problems
+    assert found.tensor_instructions > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [j for j in ALL if j not in quick_jobs()], ids=lambda job: job.name)
+def test_every_shipped_kernel_compiles_to_what_a_launch_needs(job: compile_check.Job) -> None:
+    assert not compile_check.check(job).problems
+
+
+def test_a_kernel_that_does_not_fit_is_told() -> None:
+    """A tile too large for registers and shared memory is refused for both."""
+    job = next(job for job in ALL if "forward_kernel-sm90-bf16-HEAD_DIM=64-" in job.name)
+    kernel, signature, constexprs, attrs, options = job.case
+    wide = {**constexprs, "BLOCK_N": 256, "HEAD_DIM": 128, "BLOCK_D": 128}
+    case = (kernel, signature, wide, attrs, {**options, "num_stages": 3})
+    problems = " ".join(compile_check.check(compile_check.Job(case, 90)).problems)
+    assert "shared memory over 232448 bytes" in problems
+    assert "spills" in problems
