@@ -17,10 +17,12 @@ from anycontrast_kernels import (
     backends_flex,
     backends_loop,
     backends_torch,
+    backends_triton,
     dispatch,
     recompute,
 )
 from anycontrast_kernels.attention import varlen_attention
+from anycontrast_kernels.attention_tiles import TileRows
 from anycontrast_kernels.backends import BACKENDS
 from anycontrast_kernels.dispatch import Backend, Situation, choose, probe_error
 from anycontrast_kernels.sequences import sequences
@@ -325,3 +327,77 @@ def test_torch_is_called_with_the_seven_arguments_of_every_release(
     schema = inspect.signature(varlen_attn)
     kinds = [p.kind for p in schema.parameters.values()]
     assert kinds[:7] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7
+
+
+def test_flash_attn_2_is_called_by_its_published_interface(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stands in for the package with its parameters, names and order as published."""
+    runs = sequences((4, 6), num_tokens=11)
+    deterministic_seen: list[bool] = []
+
+    class Package:
+        @staticmethod
+        def _flash_attn_varlen_forward(
+            q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+            max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+            causal: bool,
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+            assert (max_seqlen_q, max_seqlen_k, dropout_p, causal) == (512, 512, 0.0, False)
+            given = runs._replace(cu_seqlens=cu_seqlens_q)
+            out, lse = backends_loop.forward(q, k, v, given, given, softmax_scale)
+            out[-1] = torch.nan
+            return out, lse, q, q
+
+        @staticmethod
+        def _flash_attn_varlen_backward(
+            dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+            dq: Tensor, dk: Tensor, dv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+            max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+            causal: bool, window_size_left: int, window_size_right: int, softcap: float,
+            alibi_slopes: None, deterministic: bool,
+        ) -> None:  # fmt: skip
+            assert (dropout_p, causal, softcap) == (0.0, False, 0.0)
+            assert (window_size_left, window_size_right) == (-1, -1)
+            deterministic_seen.append(deterministic)
+            found = backends_loop.backward(
+                dout, q, k, v, out, softmax_lse, runs, runs, softmax_scale
+            )
+            for target, gradient in zip((dq, dk, dv), found, strict=True):
+                target.copy_(gradient)
+                target[-1] = torch.nan
+
+    monkeypatch.setattr(backends_flash2, "_package", Package)
+    q, k, v, grad = (torch.randn(11, 2, 64) for _ in range(4))
+    out, lse = backends_flash2.forward(q, k, v, runs, runs, 0.2)
+    found = backends_flash2.backward(grad, q, k, v, out, lse, runs, runs, 0.2)
+    expected_out, expected_lse = backends_loop.forward(q, k, v, runs, runs, 0.2)
+    expected = backends_loop.backward(grad, q, k, v, expected_out, expected_lse, runs, runs, 0.2)
+    torch.testing.assert_close((out, *found), (expected_out, *expected))
+    assert deterministic_seen == [False]
+
+
+def test_our_kernels_get_the_tiles_they_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_attention = pytest.importorskip("anycontrast_kernels.triton_attention")
+    triton_attention_backward = pytest.importorskip("anycontrast_kernels.triton_attention_backward")
+    seen: list[list[Tensor]] = []
+
+    def record(*arguments: Any) -> tuple[Tensor, ...]:
+        seen.append([x for x in arguments if isinstance(x, Tensor) and x.ndim == 2])
+        return ()
+
+    monkeypatch.setattr(triton_attention, "attention_forward", record)
+    monkeypatch.setattr(triton_attention_backward, "attention_backward", record)
+    monkeypatch.setattr(
+        backends_triton,
+        "tile_rows",
+        lambda head_dim, dtype, device: TileRows(forward_q=128, backward_q=64, backward_k=128),
+    )
+    runs_q, runs_k = sequences((200, 70)), sequences((300, 5))
+    x, lse = torch.zeros(1, 2, 64), torch.zeros(0)
+    backends_triton.forward(x, x, x, runs_q, runs_k, 0.2)
+    backends_triton.backward(x, x, x, x, x, lse, runs_q, runs_k, 0.2)
+    assert [[id(x) for x in tiles] for tiles in seen] == [
+        [id(runs_q.tiles_128)],
+        [id(runs_q.tiles_64), id(runs_k.tiles_128)],
+    ]
