@@ -1,6 +1,7 @@
 """Jobs submitted to a real Ray head of our own: they train, are refused, survive a worker."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from anycontrast.cli import guarded
 from anycontrast.training import cluster
 from anycontrast.training.cluster import _from_anywhere
 from anycontrast.training.config import load_config
+from anycontrast.training.metrics import read_metrics
 from anycontrast_datasets.shard_ray import protect_own_cluster
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,6 +187,8 @@ def test_a_killed_worker_is_replaced_and_the_run_reaches_its_last_step(
     assert (checkpoints / f"step-{steps:08d}" / "manifest.json").is_file()
     assert sorted(losses(tmp_path / "job")) == list(range(20, steps + 1, 20))
     assert text.count("world_rank=1") >= 2, "the worker group was not started again"
+    lines_s = [row["time_s"] for row in read_metrics(tmp_path / "job/pretrain/metrics.jsonl")]
+    logger.info("longest time without a step: %.1f s", max(map(sub, lines_s[1:], lines_s)))
 
 
 def worker_pid(lines: list[str]) -> int | None:
