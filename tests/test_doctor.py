@@ -222,6 +222,15 @@ def test_a_store_that_cannot_be_read_is_a_failure(
     assert found["gloo"].state == "ok"
 
 
+def test_the_address_of_the_job_port_is_told_from_one_to_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    (finding,) = run_doctor(load_config(None, [f"root={tmp_path}"])).findings
+    assert finding.state == "fail"
+    assert "ray job submit -- anycontrast doctor" in finding.remedy
+
+
 @pytest.mark.parametrize(
     ("message", "remedy"),
     [

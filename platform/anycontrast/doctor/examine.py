@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_JOB_PORT = Finding(
+    "fail",
+    "cluster",
+    "this is the address that jobs are submitted to, not one that a process can join",
+    "submit the doctor: `ray job submit -- anycontrast doctor CONFIG`",
+)
+
 
 def run_doctor(config: "Config") -> Diagnosis:
     """Examine where `config.cluster` says training would run.
@@ -32,6 +39,8 @@ def run_doctor(config: "Config") -> Diagnosis:
         findings = list(examine_machine(question, config.cluster))
         return Diagnosis("this machine", (*findings, *_store(config)))
     place = f"the cluster at {address}" if address else "the cluster"
+    if (address or "").startswith(("http://", "https://")):
+        return Diagnosis(place, (_JOB_PORT,))
     try:
         with _connected(address):
             findings = list(examine_cluster(question, config.cluster))
