@@ -92,12 +92,13 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient through the checked entry."""
     leaf = plain.clone().requires_grad_()
-    options = {"norm_target": norm, "overwrite_prediction": over}
     prediction = leaf * 1.0
     if stored:
-        loss = patch_loss.stored_patch_mse(prediction, *packed, patch, **options)
+        loss = patch_loss.stored_patch_mse(
+            prediction, *packed, patch, norm_target=norm, overwrite_prediction=over
+        )
     else:
-        loss = patch_loss.patch_mse(prediction, target, **options)
+        loss = patch_loss.patch_mse(prediction, target, norm_target=norm, overwrite_prediction=over)
     (gradient,) = torch.autograd.grad(loss, leaf, factor)
     return loss.detach(), gradient.clone()
 

@@ -112,7 +112,7 @@ def weights_gradient(
         )
     for _ in range(repeat):
         weight.grad = None
-        loss.backward(torch.linspace(0.5, 2, 6), retain_graph=repeat > 1)
+        torch.autograd.backward(loss, torch.linspace(0.5, 2, 6), retain_graph=repeat > 1)
     assert weight.grad is not None
     return weight.grad
 
@@ -130,7 +130,7 @@ def test_gradient_is_that_of_the_definition_beside_and_over_the_prediction(
     expected = reference.patch_mse(
         prediction, reference.gather_zscores(*packed, PATCH), norm_target=norm_target
     )
-    expected.backward(torch.linspace(0.5, 2, 6))
+    torch.autograd.backward(expected, torch.linspace(0.5, 2, 6))
     for overwrite in (False, True):
         found = weights_gradient(norm_target, overwrite, stored=stored)
         torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-5)
