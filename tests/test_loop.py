@@ -105,6 +105,7 @@ class RowStream:
 def train(folder: Path, task: RowTask | None = None, **options: Any) -> dict[str, Any]:
     name = options.pop("name", "rows")
     stop = options.pop("stop_requested", None)
+    save = options.pop("save_requested", None)
 
     def open_stream(start_step: int) -> Any:
         return RowStream(start_step, name=name)
@@ -118,6 +119,7 @@ def train(folder: Path, task: RowTask | None = None, **options: Any) -> dict[str
             run_config={"name": "test"},
             extra_state={"from_scratch": True},
             stop_requested=stop,
+            save_requested=save,
         )
 
 
@@ -161,6 +163,16 @@ def test_a_run_goes_on_at_another_zero_stage(tmp_path: Path) -> None:
     train(tmp_path / "moved", engine=EngineConfig(zero_stage=3))
     one, other = (load_weights(tmp_path / run / "checkpoints")[0] for run in ("whole", "moved"))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
+
+
+def test_a_checkpoint_that_is_asked_for_is_saved_after_the_step_and_training_goes_on(
+    tmp_path: Path,
+) -> None:
+    calls = iter(range(1, 10**6))
+    rarely = {"checkpoint_every": 100, "keep_last": 0}
+    assert train(tmp_path, save_requested=lambda: next(calls) == 4, **rarely)["step"] == 10
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step-00000004", "step-00000010"]
 
 
 def test_a_crash_after_a_checkpoint_repeats_no_line_of_metrics(tmp_path: Path) -> None:
