@@ -91,7 +91,8 @@ def test_nodes_that_differ_are_refused_by_name_and_one_s_own_code_reaches_all(
     config.write_text(CONFIG)
     words = ("python", "recipes/amae_pretrain.py", str(config), f"root={tmp_path}")
     code, text = nodes.run(*words)
-    assert code == 2, text[-4000:]
+    assert code != 0
+    assert "exit code 2" in text, text[-4000:]
     assert "anycontrast: error: node" in text
     assert f"from {other}/platform/anycontrast" in text
     assert "runtime_env.yaml" in text
