@@ -33,7 +33,10 @@ def all_reduce(backend: str, rank: int, ranks: int, address: str, timeout_s: flo
     Raises:
         RuntimeError: the ranks do not reach each other, or the sum is wrong.
     """
-    where = torch.device("cuda", rank % torch.cuda.device_count()) if backend == "nccl" else None
+    where = None
+    if backend == "nccl":
+        where = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(where)
     store_host, _, port = address.rpartition(":")
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(  # type: ignore[attr-defined]  # exported without saying so
