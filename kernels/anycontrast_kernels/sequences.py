@@ -82,12 +82,21 @@ def sequences(
     max_len = rounded_length(max(lengths, default=0)) if max_len is None else max_len
     _check_fits("sequences: lengths", _extent("sequences: lengths", offsets), num_tokens, max_len)
     lengths_C = np.array([*lengths, *[0] * (capacity - len(lengths))], dtype=np.int64)
-    return Sequences(
+    made = Sequences(
         torch.tensor(offsets, dtype=torch.int32),
         torch.from_numpy(_tiles(lengths_C, 64, num_tokens)),
         torch.from_numpy(_tiles(lengths_C, 128, num_tokens)),
         max_len,
-    ).to(device)
+    )
+    if torch.device(device).type != "cuda":
+        return made.to(device)
+    # From pinned memory: an ordinary copy would wait for all the work the device has queued.
+    pinned = made._replace(
+        cu_seqlens=made.cu_seqlens.pin_memory(),
+        tiles_64=made.tiles_64.pin_memory(),
+        tiles_128=made.tiles_128.pin_memory(),
+    )
+    return pinned.to(device, non_blocking=True)
 
 
 def sequences_from_offsets(
