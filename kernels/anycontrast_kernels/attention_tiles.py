@@ -56,13 +56,14 @@ class TileRows(NamedTuple):
 
 _HALF = {
     (80, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 3)),
-    (80, 128): Tilings(Tiling(128, 32, 8, 3), Tiling(64, 32, 8, 2), Tiling(128, 32, 8, 2)),
+    (80, 128): Tilings(Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(128, 32, 8, 2)),
     (90, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
     (90, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 2)),
-    (100, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
+    (100, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 3)),
     (100, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
 }
 _SINGLE = {
+    32: Tilings(Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
     64: Tilings(Tiling(64, 32, 8, 2), Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2)),
     128: Tilings(Tiling(64, 16, 16, 2), Tiling(64, 16, 8, 2), Tiling(64, 16, 8, 2)),
 }
@@ -76,9 +77,9 @@ def tilings(head_dim: int, dtype: torch.dtype, capability: int) -> Tilings:
         dtype: float16, bfloat16 or float32.
         capability: of the chip, 90 for 9.0; chips between two tables use the lower one.
     """
-    width = 64 if head_dim <= 64 else 128
     if dtype == torch.float32:
-        return _SINGLE[width]
+        return _SINGLE[padded(head_dim)]
+    width = 64 if head_dim <= 64 else 128
     nearest = max((c for c in CAPABILITIES if c <= capability), default=CAPABILITIES[0])
     return _HALF[nearest, width]
 
