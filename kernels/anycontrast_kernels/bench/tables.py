@@ -38,6 +38,7 @@ def page(result: dict[str, Any]) -> str:
     per_core = " Throughput of a CPU is that of one core: work over CPU time." if threads else ""
     parts = [
         f"# Kernels on {place['device']}",
+        "Made by `python -m anycontrast_kernels.bench kernels`.",
         f"{place['date']}, {place['dtype']}{threads}, {versions}. Measured in the same run: matrix "
         f"products {scale * ceiling['tflop_s']:.0f} {unit}, copies {ceiling['gb_s']:.0f} GB/s."
         + per_core,

@@ -97,7 +97,10 @@ def run(config: PackingBenchConfig) -> dict[str, Any]:
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "packing.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    title = f"# Packing against padding on {place['device']}\n\n{_setting(config, place)}"
+    title = (
+        f"# Packing against padding on {place['device']}\n\nMade by `anycontrast bench packing`."
+    )
+    title = f"{title}\n\n{_setting(config, place)}"
     (folder / "packing.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
     return {**result, "markdown": {"packing": table}}
 
