@@ -4,6 +4,7 @@ Drawn are changes to a set of values that is known to work, a few at a time: who
 would nearly all be refused for contradicting each other, and nothing would be rendered.
 """
 
+import re
 from typing import Any
 
 from hypothesis import strategies as st
@@ -114,5 +115,26 @@ def changes(draw: st.DrawFn, schema: Object, most: int = 5) -> Object:
             put(values, path, draw(value_of(paths[path], schema)))
     if draw(st.booleans()):
         group = draw(value_of(schema["$defs"]["workerGroup"], schema))
+        if draw(st.integers(0, 3)):  # Else nearly all groups would be refused.
+            group = {k: v for k, v in group.items() if not k.endswith(("Replicas", "Memory"))}
+            group |= {"replicas": draw(st.integers(1, 9)), "gpus": {"count": 1}}
         values["workerGroups"] = {draw(st.sampled_from(["gpu", "no", "b2"])): group}
     return values
+
+
+def mistakable(schema: Object) -> dict[str, str | list[str]]:
+    """For every value that takes text, or a list of it: text that YAML needs quotes for."""
+    found: dict[str, str | list[str]] = {}
+    for path, leaf in leaves(schema).items():
+        is_list = leaf.get("type") == "array"
+        text = resolved(leaf["items"], schema) if is_list else leaf
+        fits = [t for t in ("true", "1e3", "123", "null") if _accepts(text, t)]
+        if fits:
+            found[path] = [fits[0]] if is_list else fits[0]
+    return found
+
+
+def _accepts(schema: Object, text: str) -> bool:
+    if schema.get("type") != "string" or "enum" in schema:
+        return False
+    return re.search(schema.get("pattern", ""), text) is not None

@@ -23,6 +23,19 @@ KUBERNETES = ("1.30", "1.37")
 
 Object = dict[str, Any]
 
+# A CRD says nothing about metadata; this is what the server itself holds it to.
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+METADATA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "namespace": {"type": "string"},
+        "labels": _TEXTS,
+        "annotations": _TEXTS,
+    },
+    "required": ["name"],
+}
+
 
 def strict(schema: Object) -> Object:
     """JSON schema of a CRD's structural schema that accepts nothing the CRD does not name."""
@@ -54,7 +67,7 @@ def custom_kind(crds: Path, group: str, plural: str, version: str) -> Validator:
         if re.search(rf"^(    )?name: {version}$", entry, flags=re.MULTILINE):
             parsed = yaml.load("    " + entry, Loader=yaml.CSafeLoader)
             schema = strict(parsed["schema"]["openAPIV3Schema"])
-            schema["properties"]["metadata"] = {"type": "object"}
+            schema["properties"]["metadata"] = METADATA
             return jsonschema.Draft202012Validator(schema)
     raise LookupError(f"{group}_{plural}.yaml has no version {version}")
 

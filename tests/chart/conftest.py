@@ -67,6 +67,12 @@ def tools(request: pytest.FixtureRequest) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def fetched() -> dict[int, dict[str, Path]]:
+    """Binaries by major version of Helm."""
+    return {major: binaries(major) for major in (3, 4)}
+
+
+@pytest.fixture(scope="session")
 def crds() -> Path:
     """Folder of the custom resource definitions."""
     if not CRDS.is_dir():

@@ -232,16 +232,59 @@ def test_every_misspelt_key_is_refused() -> None:
 
 def test_a_value_taken_away_is_refused() -> None:
     """`head: null` in a values file removes the key; templates must not meet a hole."""
+    free = {("networkPolicy", "dns", "podLabels"), ("monitoring", "dashboards", "labels")}
     for path in mappings(DEFAULTS):
-        for key in DEFAULTS if not path else ():
-            values = {k: v for k, v in DEFAULTS.items() if k != key}
-            assert not valid(values), key
+        values = json.loads(json.dumps(DEFAULTS))
+        at = values
+        for key in path:
+            at = at[key]
+        for key in list(at) if path not in free else ():
+            value = at.pop(key)
+            assert not valid(values), f"{'.'.join(path)}.{key} may be missing"
+            at[key] = value
 
 
 BASES = [
     {"image": GPU["image"], "workerGroups": {"gpu": {"replicas": 2}}},
     *(yaml.safe_load(p.read_text()) for p in sorted((CHART / "examples").glob("*.yaml"))),
 ]
+
+
+@pytest.mark.parametrize("gang", ["none", "kueue", "volcano", "yunikorn", "kai"])
+def test_text_that_looks_like_something_else_stays_text(
+    gang: str, render: Any, faults: Any, crds: Path
+) -> None:
+    """Every text at once is `true`, or a number where that fits the value."""
+    values: Any = {}
+    for path, text in random_values.mistakable(SCHEMA).items():
+        random_values.put(values, path, text)
+    for path, value in {
+        "mode": "clusterAndJob" if gang == "none" else "job",
+        "scheduling.gang": gang,
+        "image.requireDigest": False,
+        "workerGroups": {"true": {"replicas": 1, "labels": {"a": "1e3"}}},
+        "network": {"fabric": "sriov", "interface": "123", "rdma": {"resourceName": "a/b"},
+                    "sriov": {"networks": "123"}},
+        "podSecurity.level": "privileged",
+        "storage.objectStore.enabled": True,
+        "storage.objectStore.credentials": "existingSecret",
+        "storage.datasets": [{"name": "true", "mountPath": "/d", "claimName": "123"}],
+        "exposure.kind": "ingress",
+        "exposure.annotations": {"a": "true"},
+        "monitoring.enabled": True,
+        "pods.env": [{"name": "A", "value": "1e3"}],
+        "rbac.submitters": [{"kind": "User", "name": "true"}],
+        "fullnameOverride": "true",
+    }.items():  # fmt: skip
+        random_values.put(values, path, value)
+    if gang == "none":
+        values["scheduling"] = {}
+    if gang in ("none", "yunikorn", "kai"):
+        values["scheduling"].pop("priorityClass", None)
+    done = render(values)
+    assert done.code == 0, done.error
+    found = faults(done.documents, "privileged", versions=("1.37",))
+    assert [fault for fault in found if "not pinned" not in fault] == []
 
 
 # No shrinking: each try is a run of helm, and what was drawn is small.

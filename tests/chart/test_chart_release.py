@@ -105,6 +105,23 @@ def test_the_whole_life_of_a_release(release: Release, minimal: Any) -> None:
     assert left == {"PersistentVolumeClaim", "Pod"}, "the run folder and the test's log stay"
 
 
+def test_the_notes_warn_of_what_is_open(release: Release, minimal: Any) -> None:
+    values = {
+        **minimal,
+        "mode": "job",
+        "auth": {"mode": "disabled"},
+        "networkPolicy": {"enabled": False},
+    }
+    done = release.put("install", values)
+    assert done.code == 0, done.error
+    for said in (
+        "kubectl -n team get rayjob r-anycontrast-pretrain -w",
+        "WARNING: auth.mode=disabled: whoever reaches a port",
+        "WARNING: networkPolicy.enabled=false",
+    ):
+        assert said in done.out
+
+
 def test_helm_4_has_the_server_refuse_unknown_fields(release: Release, minimal: Any) -> None:
     """Helm 3 does not: there an operator too old for tokens loses them, and Ray must refuse."""
     assert release.put("install", minimal).code == 0
@@ -169,6 +186,20 @@ def test_the_autoscaled_number_survives_an_upgrade(release: Release, minimal: An
     assert release.put("upgrade", values).code == 0
     assert len(sent) < len([line for line in release.api.requests if "rayclusters" in line])
     assert "replicas" not in release.cluster["spec"]["workerGroupSpecs"][0]
+
+
+def test_a_release_of_helm_3_goes_on_with_helm_4(
+    fetched: dict[int, dict[str, Path]], run: Any, minimal: Any, tmp_path: Path
+) -> None:
+    api = stub_api.StubApi(ALL_KINDS)
+    with api.running(tmp_path) as config:
+        assert Release(api, fetched[3], run, config).put("install", minimal).code == 0
+        release = Release(api, fetched[4], run, config)
+        values = {**minimal, "workerGroups": {"gpu": {"replicas": 3}}}
+        upgraded = release.put("upgrade", values)
+        assert upgraded.code == 0, upgraded.error
+        assert release.replicas == 3
+        assert release.helm("uninstall", "r", "--timeout", "20s").code == 0
 
 
 def test_a_packaged_older_chart_upgrades(

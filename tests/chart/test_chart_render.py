@@ -1,11 +1,15 @@
 """The chart renders, and what it renders is valid, safe and what KubeRay accepts."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from infra.chart_tools import manifests, pod_policy, readme
+
+import anycontrast
 
 CHART = Path(__file__).parents[2] / "infra" / "helm" / "anycontrast"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
@@ -225,6 +229,98 @@ def test_credentials_come_from_the_secret_and_are_never_written(render: Any, min
             assert path.rpartition("/")[0] in mounts
 
 
+def test_alerts_and_dashboards_are_the_generated_files(render: Any, minimal: Any) -> None:
+    values = {"monitoring": {"enabled": True, "alerts": {"labels": {"release": "prom"}}}}
+    documents = render(minimal, values).documents
+    rule = only(documents, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    assert rule["metadata"]["labels"]["release"] == "prom"
+    files = sorted((CHART / "files" / "dashboards").glob("*.json"))
+    maps = {name: d for d in documents if d["kind"] == "ConfigMap" for name in d["data"]}
+    assert set(maps) == {file.name for file in files} and files
+    for file in files:
+        found = maps[file.name]
+        assert json.loads(found["data"][file.name]) == json.loads(file.read_text())
+        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert not any(d["kind"] in ("PrometheusRule", "PodMonitor") for d in render(minimal).documents)
+
+
+def test_monitors_name_ports_that_the_pods_have(render: Any, minimal: Any) -> None:
+    documents = render(minimal, {"monitoring": {"enabled": True}}).documents
+    pods = list(manifests.pod_templates(documents))
+    for monitor in (d["spec"] for d in documents if d["kind"] == "PodMonitor"):
+        chosen = [pod for pod in pods if pod_policy.selects(monitor["selector"], pod.labels)]
+        assert len(chosen) == 1
+        names = {port["name"] for port in chosen[0].containers[0]["ports"]}
+        assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} <= names
+
+
+def test_the_budget_and_the_services_choose_the_head_alone(render: Any, minimal: Any) -> None:
+    values = {"exposure": {"kind": "ingress", "ingress": {"host": "a.example", "tlsSecret": "t"}}}
+    documents = render(minimal, values).documents
+    pods = list(manifests.pod_templates(documents))
+    budget = only(documents, "PodDisruptionBudget")["spec"]
+    service = only(documents, "Service")["spec"]
+    for selector in (budget["selector"], {"matchLabels": service["selector"]}):
+        chosen = [pod.where for pod in pods if pod_policy.selects(selector, pod.labels)]
+        assert chosen == ["RayCluster r-anycontrast head"]
+    assert budget["minAvailable"] == 1
+    assert [port["port"] for port in service["ports"]] == [8265]
+
+
+def test_groups_keep_their_own_settings(render: Any, minimal: Any) -> None:
+    groups = {
+        "a": {"replicas": 1, "gpus": {"product": "H100"}, "runtimeClassName": "nvidia"},
+        "b": {"replicas": 2, "gpus": {"count": 4, "resourceName": "amd.com/gpu"},
+              "topologySpreadConstraints": [
+                  {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]},
+    }  # fmt: skip
+    documents = render({**minimal, "workerGroups": groups}).documents
+    found = {g["groupName"]: g for g in only(documents, "RayCluster")["spec"]["workerGroupSpecs"]}
+    first, second = (found[name]["template"]["spec"] for name in ("a", "b"))
+    assert first["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
+    assert first["runtimeClassName"] == "nvidia" and "nodeSelector" not in second
+    assert second["containers"][0]["resources"]["limits"]["amd.com/gpu"] == "4"
+    assert second["tolerations"][0]["key"] == "amd.com/gpu"
+    selector = second["topologySpreadConstraints"][0]["labelSelector"]
+    assert selector["matchLabels"]["anycontrast/group"] == "b"
+
+
+def test_logs_are_shipped_from_the_folder_that_ray_writes(
+    render: Any, faults: Any, minimal: Any
+) -> None:
+    digest = minimal["image"]["digest"]
+    values = {"logs": {"sidecar": True, "image": {"digest": digest}}}
+    documents = render(minimal, values).documents
+    assert faults(documents, versions=("1.37",)) == []
+    for pod in manifests.pod_templates(documents):
+        if pod.where.startswith("RayCluster"):
+            mounts = [
+                {m["name"] for m in c["volumeMounts"] if m["mountPath"] == "/tmp/ray"}
+                for c in pod.containers
+            ]
+            assert mounts == [{"ray-logs"}, {"ray-logs"}]
+    (config,) = [d for d in documents if d["kind"] == "ConfigMap"]
+    pipeline = yaml.safe_load(config["data"]["fluent-bit.yaml"])["pipeline"]
+    assert pipeline["inputs"][0]["path"].startswith("/tmp/ray/session_latest/logs/")
+    assert pipeline["outputs"][0]["name"] == "stdout"
+
+
+def test_people_get_the_roles_they_are_given(render: Any, minimal: Any) -> None:
+    people = {"submitters": [{"kind": "Group", "name": "team"}],
+              "viewers": [{"kind": "ServiceAccount", "name": "bot"}]}  # fmt: skip
+    documents = render(minimal, {"rbac": people}).documents
+    roles = {d["metadata"]["name"]: d["rules"] for d in documents if d["kind"] == "Role"}
+    secrets = [r for rules in roles.values() for r in rules if "secrets" in r["resources"]]
+    assert [rule["resourceNames"] for rule in secrets] == [["r-anycontrast"]]
+    assert all("*" not in r["verbs"] + r["resources"] for rules in roles.values() for r in rules)
+    bound = {
+        d["roleRef"]["name"]: d["subjects"][0] for d in documents if d["kind"] == "RoleBinding"
+    }
+    assert bound["r-anycontrast-viewer"]["namespace"] == "team"
+    assert bound["r-anycontrast-submitter"]["name"] == "team"
+
+
 def test_the_readme_is_current() -> None:
     assert (CHART / "README.md").read_text() == readme.rendered(CHART)
 
@@ -232,3 +328,18 @@ def test_the_readme_is_current() -> None:
 def test_a_value_without_a_comment_is_found() -> None:
     with pytest.raises(ValueError, match=r"yaml:4: c\.d has no comment"):
         readme.documented("# -- one\na: 1\nc: {d: 2}\n".replace("{d: 2}", "\n  d: 2"))
+
+
+def test_the_chart_agrees_with_the_package_and_the_image(render: Any, minimal: Any) -> None:
+    root = CHART.parents[2]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == anycontrast.__version__
+    image = (root / "infra" / "docker" / "Dockerfile").read_text()
+    (ray_version,) = set(re.findall(r"^ARG RAY_VERSION=(\S+)$", image, flags=re.MULTILINE))
+    assert yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"] == ray_version
+    assert f"ray=={ray_version}" in (root / "constraints.txt").read_text().splitlines()
+    (writable,) = re.findall(r'anycontrast.writable="([^"]+)"', image)
+    for pod in manifests.pod_templates(render(minimal).documents):
+        if pod.where.startswith("RayCluster"):
+            mounts = {mount["mountPath"] for mount in pod.containers[0]["volumeMounts"]}
+            assert set(writable.split()) <= mounts, "a read-only image needs these"
