@@ -268,7 +268,7 @@ def diagnose(nodes: Any, folder: Path, *words: str) -> tuple[int, dict[str, Any]
     script.write_text(SCRIPT)
     code, text = nodes.run("python", str(script), f"root={folder / 'runs'}", *words)
     lines = [line for line in text.splitlines() if line.startswith("DIAGNOSIS")]
-    assert len(lines) == 1, text[-3000:]
+    assert lines, text[-3000:]  # Twice where the job failed: its log is shown again.
     found = json.loads(lines[0].removeprefix("DIAGNOSIS"))
     return code, {one["check"]: one for one in found["findings"]}
 

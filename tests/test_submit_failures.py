@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEPS, EVERY = 1500, 50
+STEPS, EVERY = 1000, 50
 DRAIN_S = 20
 logger = logging.getLogger(__name__)
 CONFIG = f"""\
@@ -71,7 +71,7 @@ class Watched:
         return sorted(int(path.parent.name[5:]) for path in found)
 
     def end(self) -> None:
-        code = self.job.wait(240)
+        code = self.job.wait(600)
         self.reader.join()
         assert code == 0, self.text[-4000:]
 
