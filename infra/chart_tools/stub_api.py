@@ -190,6 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     api: StubApi
     protocol_version = "HTTP/1.1"
+    # Else each answer waits 40 ms for the client to acknowledge its head.
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         """Requests are kept in `StubApi.requests`."""

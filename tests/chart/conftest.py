@@ -103,6 +103,7 @@ def render(run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) ->
     Values are mappings or files; a mapping is what a user would write into a file.
     """
     folder = tmp_path_factory.mktemp("values")
+    done: dict[str, Run] = {}
 
     def call(
         *values: Any,
@@ -122,7 +123,10 @@ def render(run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) ->
                 path = folder / f"{number}.json"
                 path.write_text(json.dumps(value))
             words += ["--values", path]
-        return run(binaries(helm)["helm"], *words)
+        key = f"{helm} {words} {json.dumps(values, default=str)}"
+        if key not in done:  # Many tests look at the same chart.
+            done[key] = run(binaries(helm)["helm"], *words)
+        return done[key]
 
     return call
 

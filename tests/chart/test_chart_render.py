@@ -184,6 +184,15 @@ def test_a_worker_drains_before_it_ends(render: Any, minimal: Any) -> None:
     assert "lifecycle" not in without.containers[0]
 
 
+def test_running_pods_are_replaced_only_on_demand(render: Any, faults: Any, minimal: Any) -> None:
+    spec = only(render(minimal).documents, "RayCluster")["spec"]
+    assert "upgradeStrategy" not in spec
+    documents = render(minimal, {"upgrade": {"strategy": "Recreate"}}).documents
+    assert only(documents, "RayCluster")["spec"]["upgradeStrategy"] == {"type": "Recreate"}
+    job = render(minimal, {"mode": "job", "upgrade": {"strategy": "Recreate"}}).documents
+    assert faults(documents + job, versions=("1.37",)) == []
+
+
 def test_only_named_callers_reach_the_dashboard(render: Any, minimal: Any) -> None:
     values = {"networkPolicy": {"dashboardNamespaces": ["jupyter"], "operatorNamespace": "ops"}}
     documents = render(minimal, values).documents

@@ -7,9 +7,9 @@ authOptions:
   {{- with .Values.auth.existingSecret }}
   secretName: {{ . | quote }}
   {{- end }}
-{{- if ne .Values.mode "job" }}
+{{- if and (ne .Values.mode "job") (eq .Values.upgrade.strategy "Recreate") }}
 upgradeStrategy:
-  type: {{ .Values.upgrade.strategy | quote }}
+  type: Recreate
 {{- end }}
 enableInTreeAutoscaling: {{ .Values.autoscaling.enabled }}
 {{- if .Values.autoscaling.enabled }}
