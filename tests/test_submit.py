@@ -1,6 +1,8 @@
 """Submitting jobs to two real nodes: trivial ones, one's own code, and nodes that differ."""
 
+import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from anycontrast.training.provenance import (
     code_digest,
     provenance,
 )
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
 RUNTIME_ENV = ROOT / "recipes" / "runtime_env.yaml"
@@ -84,8 +88,10 @@ def test_nodes_that_differ_are_refused_by_name_and_one_s_own_code_reaches_all(
     nodes.start(num_cpus=3)
     nodes.start(num_cpus=3, env={"PYTHONPATH": ":".join(roots)})
 
+    start_s = time.monotonic()
     code, text = nodes.run("true")
     assert code == 0, text
+    logger.info("a trivial job took %.1f s", time.monotonic() - start_s)
 
     config = tmp_path / "job.yaml"
     config.write_text(CONFIG)
