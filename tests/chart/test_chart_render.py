@@ -16,7 +16,11 @@ EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 FABRICS: dict[str, dict[str, Any]] = {
     "rdmaShared": {"rdma": {"resourceName": "rdma/hca"}},
     "sriov": {"rdma": {"resourceName": "nvidia.com/vf"}, "sriov": {"networks": "net/a,net/b"}},
-    "hostNetwork": {"hostNetwork": {"nodeCidrs": ["10.1.0.0/16"]}, "interface": "bond0"},
+    "hostNetwork": {
+        "hostNetwork": {"nodeCidrs": ["10.1.0.0/16"]},
+        "interface": "bond0",
+        "rdma": {"resourceName": "rdma/hca", "hca": "mlx5", "gidIndex": 3},
+    },
 }
 
 
@@ -114,24 +118,30 @@ def test_a_fabric_sets_everything_together(
     container = pod.containers[0]
     env = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert (env["NCCL_NET"], env["NCCL_IB_DISABLE"]) == ("IB", "0")
-    assert (
-        env["NCCL_SOCKET_IFNAME"] == env["GLOO_SOCKET_IFNAME"] == network.get("interface", "eth0")
-    )
+    assert env.get("NCCL_IB_HCA") == network["rdma"].get("hca")
+    assert env.get("NCCL_IB_GID_INDEX") == ("3" if fabric == "hostNetwork" else None)
+    interface = network.get("interface", "eth0")
+    assert env["NCCL_SOCKET_IFNAME"] == env["GLOO_SOCKET_IFNAME"] == interface
     assert container["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"], "drop": ["ALL"]}
-    wanted = network.get("rdma", {}).get("resourceName")
-    assert wanted is None or container["resources"]["limits"][wanted] == "1"
+    assert container["resources"]["limits"][network["rdma"]["resourceName"]] == "1"
     assert pod.spec.get("hostNetwork", False) is (fabric == "hostNetwork")
     networks = pod.metadata.get("annotations", {}).get("k8s.v1.cni.cncf.io/networks")
     assert networks == network.get("sriov", {}).get("networks")
     if fabric == "hostNetwork":
         policies = {d["metadata"]["name"]: d["spec"] for d in documents if "spec" in d}
-        assert {"ipBlock": {"cidr": "10.1.0.0/16"}} in policies["r-anycontrast-cluster"]["ingress"][
-            0
-        ]["from"]
+        callers = policies["r-anycontrast-cluster"]["ingress"][0]["from"]
+        assert {"ipBlock": {"cidr": "10.1.0.0/16"}} in callers
 
 
-def test_tcp_is_named_too_and_needs_no_capability(render: Any, minimal: Any) -> None:
-    container = worker(render(minimal).documents).containers[0]
+@pytest.mark.parametrize("network", [{}, {**FABRICS["hostNetwork"], "rdma": {}}])
+def test_tcp_is_named_too_and_needs_no_capability(
+    network: dict[str, Any], render: Any, minimal: Any
+) -> None:
+    values: dict[str, Any] = {}
+    if network:
+        fabric = {**network, "fabric": "hostNetwork"}
+        values = {"network": fabric, "podSecurity": {"level": "privileged"}}
+    container = worker(render(minimal, values).documents).containers[0]
     env = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert (env["NCCL_NET"], env["NCCL_IB_DISABLE"]) == ("Socket", "1")
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}

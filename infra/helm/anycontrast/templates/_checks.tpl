@@ -135,7 +135,7 @@ shown together, before RayCluster and RayJob are rendered: one of the two always
 {{- $network := .Values.network -}}
 {{- if ne $network.fabric "tcp" -}}
 {{- if ne .Values.podSecurity.level "privileged" -}}
-{{- $errors = append $errors (printf "podSecurity.level: network.fabric=%s needs capability IPC_LOCK%s, which Pod Security %q forbids; label the namespace pod-security.kubernetes.io/enforce=privileged and set podSecurity.level=privileged, or set network.fabric=tcp" $network.fabric (ternary " and the node's network" "" (eq $network.fabric "hostNetwork")) .Values.podSecurity.level) -}}
+{{- $errors = append $errors (printf "podSecurity.level: network.fabric=%s needs %s, which Pod Security %q forbids; label the namespace pod-security.kubernetes.io/enforce=privileged and set podSecurity.level=privileged, or set network.fabric=tcp" $network.fabric (ternary "the node's network" "capability IPC_LOCK" (eq $network.fabric "hostNetwork")) .Values.podSecurity.level) -}}
 {{- end -}}
 {{- if and (ne $network.fabric "hostNetwork") (not $network.rdma.resourceName) -}}
 {{- $errors = append $errors (printf "network.rdma.resourceName: empty, but network.fabric=%s needs the resource of the device plugin; set it (kubectl describe node, section Allocatable)" $network.fabric) -}}

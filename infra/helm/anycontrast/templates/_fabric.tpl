@@ -1,9 +1,15 @@
 {{/* The fabric: resources, capabilities, pod settings and NCCL environment belong together. */}}
 
+{{/* Whether NCCL uses RDMA; on the node's network only with a device. Empty means no. */}}
+{{- define "anycontrast.hasRdma" -}}
+{{- $fabric := .Values.network.fabric -}}
+{{- if or (has $fabric (list "rdmaShared" "sriov")) (and (eq $fabric "hostNetwork") .Values.network.rdma.resourceName) -}}yes{{- end -}}
+{{- end -}}
+
 {{/* Device resources of a worker, as YAML. */}}
 {{- define "anycontrast.fabricResources" -}}
 {{- $rdma := .Values.network.rdma -}}
-{{- if and (ne .Values.network.fabric "tcp") $rdma.resourceName -}}
+{{- if include "anycontrast.hasRdma" . -}}
 {{ $rdma.resourceName }}: {{ $rdma.count | int | quote }}
 {{- end -}}
 {{- end -}}
@@ -23,7 +29,7 @@ back to TCP in silence where the fabric does not work. */}}
   value: {{ $network.interface | quote }}
 - name: GLOO_SOCKET_IFNAME
   value: {{ $network.interface | quote }}
-{{- if eq $network.fabric "tcp" }}
+{{- if not (include "anycontrast.hasRdma" .) }}
 - name: NCCL_NET
   value: Socket
 - name: NCCL_IB_DISABLE
@@ -46,7 +52,7 @@ back to TCP in silence where the fabric does not work. */}}
 
 {{/* Capabilities of Ray's container on a worker: locking memory, which RDMA needs. */}}
 {{- define "anycontrast.fabricCapabilities" -}}
-{{- if ne .Values.network.fabric "tcp" -}}
+{{- if include "anycontrast.hasRdma" . -}}
 add: [IPC_LOCK]
 {{ end -}}
 drop: [ALL]
