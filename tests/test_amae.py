@@ -199,6 +199,23 @@ def test_norm_target_predicts_normalised_patches(
     torch.testing.assert_close(plain.target_MP, voxels)
 
 
+@pytest.mark.parametrize("norm_target", [False, True])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_loss_alone_trains_as_with_predictions(
+    decoder: str, norm_target: bool, study_a: StudyArrays, mask: Callable[..., MaskedPack]
+) -> None:
+    masked = mask(study_a)
+    gradients = []
+    for loss_only in (False, True):
+        model = build(decoder, norm_target=norm_target)
+        out = model(masked, loss_only=loss_only)
+        torch.autograd.backward(out.loss_M.sum())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        assert len(out.prediction_MP) == len(out.target_MP) == (0 if loss_only else len(out.loss_M))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4)
+
+
 def test_target_is_the_z_score_of_the_hidden_voxels(
     study_a: StudyArrays, study_b: StudyArrays, mask: Callable[..., MaskedPack]
 ) -> None:

@@ -41,6 +41,7 @@ from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.store.slots import slot_array
 from anycontrast_datasets.stream import StreamConfig
 from anycontrast_datasets.study import ShardError, StudyArrays, StudyRecord, VolumeRecord
+from anycontrast_kernels.dispatch import order_backend
 
 ROOT = Path(__file__).parents[1]
 PATCH = (4, 4, 4)
@@ -210,6 +211,18 @@ def skipping_config(root: Path, *, max_corrupt_fraction: float, **changes: Any) 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("_store")
+def test_attention_is_ordered_by_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pretrain\.attention must be one of fa4, .*'fastest'"):
+        PretrainConfig(attention="fastest")
+    ordered = make_config(tmp_path, steps=1, attention="torch")
+    try:
+        with pytest.raises(ValueError, match="the configured back end='torch' cannot run here"):
+            pretrain_worker(ordered)
+    finally:
+        order_backend(None)
 
 
 @pytest.mark.usefixtures("_store")

@@ -208,6 +208,8 @@ def benches() -> dict[str, type]:
 
 BENCHES = {
     "kernels": "anycontrast_kernels.bench.kernels:KernelsBenchConfig",
+    "step": "anycontrast.bench.step:StepBenchConfig",
+    "packing": "anycontrast.bench.packing:PackingBenchConfig",
     "data": "anycontrast.bench.data:DataBenchConfig",
     "stream": "anycontrast.bench.stream:StreamBenchConfig",
     "patches": "anycontrast.bench.patches:PatchesBenchConfig",

@@ -173,7 +173,7 @@ def _step(model: AMAE, pack: MaskedPack, precision: str) -> None:
     device = pack.hidden_T.device
     model.zero_grad(set_to_none=True)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        loss = model(pack).loss_M.mean()
+        loss = model(pack, loss_only=True).loss_M.mean()
     torch.autograd.backward(loss)
     _wait(device)
 

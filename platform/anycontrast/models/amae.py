@@ -21,7 +21,7 @@ from anycontrast.models.blocks import recompute_policy
 from anycontrast.models.decoder import DecoderConfig, build_decoder
 from anycontrast.models.encoder import Encoder, EncoderConfig
 from anycontrast.models.masking import MaskedPack
-from anycontrast.models.patches import patch_zscores
+from anycontrast.models.patches import patch_zscores, stored_error
 from anycontrast_kernels.patch_loss import denormalize_patches, normalize_patches, patch_mse
 
 
@@ -155,9 +155,9 @@ class AMAEOutput(NamedTuple):
     loss_M: Tensor
     """[M] float32, mean squared error of every predicted patch."""
     prediction_MP: Tensor
-    """[M, P]."""
+    """[M, P]; [0, P] if only the loss was asked for."""
     target_MP: Tensor
-    """[M, P] float32, what was to be predicted: z-scores, or normalised patches."""
+    """[M, P] float32, what was to be predicted: z-scores, or normalised patches; or [0, P]."""
 
 
 class AMAE(nn.Module):
@@ -169,10 +169,25 @@ class AMAE(nn.Module):
         self.encoder = Encoder(self.config.encoder_config())
         self.decoder = build_decoder(self.config.decoder_config())
 
-    def forward(self, pack: MaskedPack) -> AMAEOutput:
-        """Encode what is visible, decode what is hidden, compare."""
+    def forward(self, pack: MaskedPack, *, loss_only: bool = False) -> AMAEOutput:
+        """Encode what is visible, decode what is hidden, compare.
+
+        Args:
+            pack: on the device of the weights.
+            loss_only: leave prediction and target out, as training does: targets are then never
+                made as a whole, and the gradient takes the memory of the prediction.
+        """
         encoded_ND = self.encode(pack)
         prediction_MP = self.decode(encoded_ND, pack)
+        if loss_only:
+            loss_M = stored_error(
+                pack.batch,
+                pack.target_index_M,
+                prediction_MP,
+                norm_target=self.config.norm_target,
+            )
+            nothing_0P = loss_M.detach().new_empty(0, prediction_MP.shape[1])
+            return AMAEOutput(loss_M, nothing_0P, nothing_0P)
         target_MP = self.target(pack)
         loss_M = patch_mse(prediction_MP, target_MP, norm_target=False)
         return AMAEOutput(loss_M, prediction_MP, target_MP)

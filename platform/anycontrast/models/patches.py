@@ -1,4 +1,4 @@
-"""Patches of a PackedBatch: cut out of its volumes where they are needed, as codes or z-scores.
+"""Patches of a PackedBatch: cut out of its volumes where they are needed, or compared there.
 
 Letters: T tokens, N of them picked, P voxels per patch.
 """
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from anycontrast_datasets.batch import PackedBatch
+from anycontrast_kernels.patch_loss import stored_patch_mse
 from anycontrast_kernels.patchify import gather_patches, gather_zscores
 
 
@@ -50,6 +51,34 @@ def patch_zscores(
         grid_N3,
         batch.patch_vox,
         dtype=dtype,
+    )
+
+
+def stored_error(
+    batch: PackedBatch, index_N: Tensor, prediction_NP: Tensor, *, norm_target: bool
+) -> Tensor:
+    """Compare predictions with the stored patches of tokens: [N] float32, mean squared errors.
+
+    Args:
+        batch: on the device of the predictions.
+        index_N: [N] int64, which tokens were predicted.
+        prediction_NP: [N, P] floating; its memory is taken for the gradient and must not be read
+            afterwards.
+        norm_target: compare with patches normalised to mean 0 and deviation 1.
+    """
+    volume_N, grid_N3 = _picked(batch, index_N)
+    return stored_patch_mse(
+        prediction_NP,
+        batch.codes_B,
+        batch.volume_start_V,
+        batch.volume_shape_V3,
+        batch.flip_V3,
+        batch.intensity_V4,
+        volume_N,
+        grid_N3,
+        batch.patch_vox,
+        norm_target=norm_target,
+        overwrite_prediction=True,
     )
 
 

@@ -26,6 +26,8 @@ from anycontrast_datasets.pack import pack_studies
 from anycontrast_datasets.store.reader import StudyStore
 from anycontrast_datasets.stream import StreamConfig, StudyStream
 from anycontrast_datasets.study import ShardError
+from anycontrast_kernels.backends import BACKENDS
+from anycontrast_kernels.dispatch import order_backend
 
 if TYPE_CHECKING:
     from anycontrast.training.config import Config
@@ -49,9 +51,17 @@ class PretrainConfig(LoopConfig):
     compile: bool | None = None
     """Compile the transformer blocks with `torch.compile`, padding their rows to few sizes. None:
     on CUDA where `engine.zero_stage` is below 3. On CPU it needs a C++ compiler."""
+    attention: str | None = None
+    """Back end of attention: fa4, fa3, torch, fa2, triton, flex or loop; None takes the first that
+    can run and passes a check on the device. `ANYCONTRAST_ATTN` goes before it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = [backend.name for backend in BACKENDS]
+        if self.attention is not None and self.attention not in names:
+            raise ValueError(
+                f"pretrain.attention must be one of {', '.join(names)}, got {self.attention!r}"
+            )
         if self.compile and self.engine.zero_stage == 3:
             raise ValueError(
                 "pretrain.compile needs engine.zero_stage below 3, which gathers weights in hooks "
@@ -101,7 +111,7 @@ class PretrainTask:
     def loss(self, model: nn.Module, micro: Micro) -> tuple[Tensor, Parts]:
         """Sum the patch errors; also per contrast and per set of contrasts."""
         pack: MaskedPack = micro.inputs
-        loss_M = model(pack).loss_M
+        loss_M = model(pack, loss_only=True).loss_M
         return loss_M.sum(), _loss_by_group(pack, loss_M.detach())
 
     def panels(self, model: nn.Module, micro: Micro, *, step: int, folder: Path) -> None:
@@ -158,6 +168,7 @@ def pretrain_worker(
         has_own = any((config.paths.pretrain / "checkpoints").glob("step-????????"))
         if config.pretrain.init_from is not None and not has_own:
             _init_from(task.model, Path(config.pretrain.init_from))
+        order_backend(config.pretrain.attention)
         if config.pretrain.compiles_on(device()):
             compile_blocks(task.model)
 
