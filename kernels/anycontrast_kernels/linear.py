@@ -9,6 +9,7 @@ Letters: M rows, K features in, N features out.
 """
 
 import logging
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -50,20 +51,21 @@ def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
     """
     # Compiled code asks in the operator: the choice looks at files and environment.
     if _could_pay(x_MK, weight_NK) and (torch.compiler.is_compiling() or is_onednn_chosen()):
-        product: Tensor = _linear(x_MK, weight_NK, bias_N)
-        return product
+        product: Tensor = _linear(x_MK.flatten(0, -2), weight_NK, bias_N)
+        return product.view(*x_MK.shape[:-1], weight_NK.shape[0])
     return F.linear(x_MK, weight_NK, bias_N)
 
 
 def _could_pay(x_MK: Tensor, weight_NK: Tensor) -> bool:
+    num_rows = math.prod(x_MK.shape[:-1])
     return (
         x_MK.device.type == "cpu"
         and weight_NK.device.type == "cpu"
-        and x_MK.ndim == 2
+        and weight_NK.ndim == 2
         and x_MK.dtype == weight_NK.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and x_MK.shape[0] >= LEAST_ROWS
-        and x_MK.shape[0] * weight_NK.shape[0] * weight_NK.shape[1] >= LEAST_WORK
+        and num_rows >= LEAST_ROWS
+        and num_rows * weight_NK.shape[0] * weight_NK.shape[1] >= LEAST_WORK
     )
 
 
