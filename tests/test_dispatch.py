@@ -164,6 +164,20 @@ def test_a_back_end_that_fails_the_probe_is_passed_over_with_a_warning(
     assert "for this device" not in record.getMessage()
 
 
+def test_the_probe_holds_a_device_against_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU may be told to multiply float32 as TF32, the definition too."""
+    seen: list[Tensor] = []
+    plain = Tensor.cpu
+
+    def to_host(x: Tensor) -> Tensor:
+        seen.append(x)
+        return plain(x)
+
+    monkeypatch.setattr(Tensor, "cpu", to_host)
+    probe_error(LOOP, CPU)
+    assert len(seen) == 4 + 4  # inputs and what comes of them
+
+
 def test_a_failed_probe_is_a_warning_even_if_the_next_is_good(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

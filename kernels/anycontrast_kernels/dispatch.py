@@ -208,23 +208,26 @@ def probe_error(backend: Backend, situation: Situation) -> float:
     gradients = backend.backward(grad, q, k, v, out, lse, sequences_q, sequences_k, scale)
     expected = _definition(q, k, v, grad, scale)
     differences = [
-        (found.float() - right).abs().max()
+        (found.cpu().float() - right).abs().max()
         for found, right in zip((out, *gradients), expected, strict=True)
     ]
     return float(torch.stack(differences).max())
 
 
 def _definition(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> list[Tensor]:
-    """Output and gradients of the plain definition in float32, 0 in the padding."""
+    """Output and gradients of the plain definition in float32, 0 in the padding.
+
+    On the CPU: an accelerator may be told to multiply float32 in fewer bits (TF32).
+    """
     lengths = [PROBE_LENGTHS_Q, PROBE_LENGTHS_K, PROBE_LENGTHS_K]
     inputs = [
-        x[: sum(n)].detach().float().clone().requires_grad_()
+        x[: sum(n)].detach().cpu().float().clone().requires_grad_()
         for x, n in zip((q, k, v), lengths, strict=True)
     ]
     out = reference.attention(
         *inputs, lengths_q=PROBE_LENGTHS_Q, lengths_k=PROBE_LENGTHS_K, scale=scale
     )
-    found = [out, *torch.autograd.grad(out, inputs, grad[: out.shape[0]].float())]
+    found = [out, *torch.autograd.grad(out, inputs, grad[: out.shape[0]].cpu().float())]
     return [F.pad(x.detach(), (0, 0, 0, 0, 0, PROBE_PADDING)) for x in found]
 
 
@@ -235,10 +238,10 @@ def _probe_inputs(situation: Situation) -> list[Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     drawn = [
-        torch.randn(sum(n) + PROBE_PADDING, 2, 3, situation.head_dim, generator=generator)
+        torch.randn(sum(n) + PROBE_PADDING, 3, 2, situation.head_dim, generator=generator)
         for n in (PROBE_LENGTHS_Q, PROBE_LENGTHS_K, PROBE_LENGTHS_K, PROBE_LENGTHS_Q)
     ]
-    q, k, v, grad = (x.to(situation.device, situation.dtype)[:, :, 1] for x in drawn)
+    q, k, v, grad = (x.to(situation.device, situation.dtype)[:, 1] for x in drawn)
     return [q, k, v, grad.contiguous()]
 
 
