@@ -124,6 +124,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
         "storage.runs.enabled",
         "set it to true",
     ),
+    "packs that cannot be dealt out": (
+        {"mode": "job", "job": {"arguments": ["pretrain.stream.packs_per_step=24"]}},
+        "job.arguments: pretrain.stream.packs_per_step=24 is no multiple of the 16",
+        "set it to 16",
+    ),
     "a log shipper without a digest": (
         {"logs": {"sidecar": True}}, "logs.image.digest", "logs.sidecar=false",
     ),

@@ -71,7 +71,7 @@ def test_the_whole_life_of_a_release(release: Release, minimal: Any) -> None:
         "helm test r -n team",
         "ray job submit -- python recipes/amae_pretrain.py recipes/configs/amae_base.yaml ",
         "root=/runs ",
-        "cluster.num_workers=16",
+        "cluster.num_workers=16 pretrain.stream.packs_per_step=16",
     ):
         assert command in notes
     owner = release.cluster["metadata"]["annotations"]
@@ -94,8 +94,9 @@ def test_the_whole_life_of_a_release(release: Release, minimal: Any) -> None:
     assert tested.code == 0, tested.error
     assert "Succeeded" in tested.out
     doctor = release.api.of_kind("Pod")["r-anycontrast-doctor"]
-    assert doctor["spec"]["containers"][0]["args"][-4:] == [
+    assert doctor["spec"]["containers"][0]["args"][-6:] == [
         "anycontrast", "doctor", "root=/runs", "cluster.num_workers=16",
+        "pretrain.stream.packs_per_step=16", "pretrain.stream.studies_per_step=16",
     ]  # fmt: skip
     assert "r-anycontrast" in release.kubectl("get", "rayclusters").out
 

@@ -10,6 +10,7 @@ import yaml
 from infra.chart_tools import manifests, pod_policy, readme
 
 import anycontrast
+from anycontrast.training.config import load_config
 
 CHART = Path(__file__).parents[2] / "infra" / "helm" / "anycontrast"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
@@ -362,3 +363,23 @@ def test_the_chart_agrees_with_the_package_and_the_image(render: Any, minimal: A
         if pod.where.startswith("RayCluster"):
             mounts = {mount["mountPath"] for mount in pod.containers[0]["volumeMounts"]}
             assert set(writable.split()) <= mounts, "a read-only image needs these"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.stem))
+def test_the_recipe_accepts_what_the_chart_tells_it(
+    example: Path, render: Any, tmp_path: Path
+) -> None:
+    documents = render(example, {"checkPrerequisites": False}).documents
+    assert any(d["kind"] in ("Pod", "RayJob") for d in documents)
+    for doctor in (d["spec"]["containers"][0]["args"] for d in documents if d["kind"] == "Pod"):
+        loaded = load_config(None, doctor[doctor.index("doctor") + 1 :])
+        assert loaded.cluster.num_workers > 1
+    for job in (d["spec"] for d in documents if d["kind"] == "RayJob"):
+        config, *settings = job["entrypoint"].split()[2:]
+        path = CHART.parents[2] / config
+        if config == "/etc/anycontrast/config.yaml":
+            path = tmp_path / "config.yaml"
+            maps = [d["data"] for d in documents if d["kind"] == "ConfigMap"]
+            (inline,) = [data["config.yaml"] for data in maps if "config.yaml" in data]
+            path.write_text(inline)
+        assert load_config(path, settings).cluster.num_workers > 1

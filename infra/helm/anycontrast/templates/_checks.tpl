@@ -249,6 +249,17 @@ shown together, before RayCluster and RayJob are rendered: one of the two always
 {{/* The job. */}}
 {{- define "anycontrast.checkJob" -}}
 {{- $errors := list -}}
+{{- if and (ne .Values.mode "cluster") (eq (include "anycontrast.checkGroups" .) "[]") -}}
+{{- $workers := .Values.job.numWorkers | int | default (include "anycontrast.totalGpus" . | int) -}}
+{{- range .Values.job.arguments -}}
+{{- if hasPrefix "pretrain.stream.packs_per_step=" . -}}
+{{- $packs := trimPrefix "pretrain.stream.packs_per_step=" . | int -}}
+{{- if or (lt $packs 1) (mod $packs $workers) -}}
+{{- $errors = append $errors (printf "job.arguments: pretrain.stream.packs_per_step=%d is no multiple of the %d training processes; set it to %d or a multiple, or set job.numWorkers" $packs $workers $workers) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and (ne .Values.mode "cluster") (not .Values.storage.runs.enabled) (not .Values.storage.datasets) -}}
 {{- $errors = append $errors "storage.runs.enabled: false, but a job needs a folder that all nodes share for its checkpoints; set it to true or mount one by storage.datasets with readOnly=false" -}}
 {{- end -}}
