@@ -38,7 +38,7 @@ def draw(
     """Query, key and value; views of wider tensors, as a model cuts them out."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (
-        torch.randn(sum(n) + padding, 2, 3, HEAD_DIM, generator=generator).to(dtype)[:, :, 1]
+        torch.randn(sum(n) + padding, 3, 2, HEAD_DIM, generator=generator).to(dtype)[:, 1]
         for n in (lengths_q, lengths_k, lengths_k)
     )
     return q, k, v
@@ -105,8 +105,10 @@ def test_queries_without_keys_get_zero() -> None:
 
 def test_scale_is_used() -> None:
     q, k, v = draw((5,), (5,))
-    out = varlen_attention(q, k, v, sequences((5,)), scale=0.0)
-    torch.testing.assert_close(out, v.mean(0, keepdim=True).expand_as(v))
+    out = varlen_attention(q, k, v, sequences((5,)), scale=0.7)
+    known = reference.attention(q, k, v, lengths_q=(5,), lengths_k=(5,), scale=0.7)
+    torch.testing.assert_close(out, known)
+    assert not torch.allclose(out, varlen_attention(q, k, v, sequences((5,))))
 
 
 def test_the_operator_keeps_the_promises_of_torch() -> None:
@@ -221,7 +223,19 @@ def wide(size: int) -> Tensor:
             ValueError,
             "sequences_k: no sequence may be longer than max_len 2",
         ),
-        ({"scale": -1.0}, ValueError, "scale must be finite and >= 0, got -1"),
+        (
+            {"q_THD": torch.zeros(5, 2, 3, 32)[:, :, 1]},
+            ValueError,
+            r"heads of q_THD must be contiguous \(stride 32\), got strides \(192, 96, 1\)",
+        ),
+        (
+            {"v_THD": torch.zeros(2, 5, 32).transpose(0, 1)},
+            ValueError,
+            r"heads of v_THD must be contiguous .*\.contiguous\(\)",
+        ),
+        ({"scale": -1.0}, ValueError, "scale must be finite and > 0, got -1"),
+        ({"scale": 0.0}, ValueError, "scale must be finite and > 0, got 0"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite and > 0, got inf"),
         ({"scale": float("nan")}, ValueError, "scale must be finite"),
         ({"backend": "fastest"}, ValueError, "backend must be one of .*'fastest'"),
     ],
@@ -255,7 +269,7 @@ def gpu_case(
     runs = [sequences(n, "cuda", capacity=6, num_tokens=sum(n) + 11) for n in lengths]
     sizes = [sum(lengths[0]) + 11] + 2 * [sum(lengths[1]) + 11]
     inputs = [
-        torch.randn(size, 4, 3, head_dim, generator=generator).to("cuda", dtype)[:, :, 1]
+        torch.randn(size, 3, 4, head_dim, generator=generator).to("cuda", dtype)[:, 1]
         for size in sizes
     ]
     grad = torch.randn(sizes[0], 4, head_dim, generator=generator).to("cuda", dtype)
@@ -291,14 +305,16 @@ def test_every_back_end_agrees_with_the_definition_on_cuda(
     found_all = [found, *torch.autograd.grad(found, inputs, grad)]
     used = [sum(lengths[0]), sum(lengths[1]), sum(lengths[1])]
     oracle_inputs = [
-        x[:n].detach().float().clone().requires_grad_() for x, n in zip(inputs, used, strict=True)
+        x[:n].detach().cpu().float().clone().requires_grad_()
+        for x, n in zip(inputs, used, strict=True)
     ]
-    a, b, c = oracle_inputs
+    a, b, c = oracle_inputs  # on the host, where float32 products are never in TF32
     oracle = reference.attention(a, b, c, lengths_q=lengths[0], lengths_k=lengths[1], scale=0.2)
-    oracle_all = [oracle, *torch.autograd.grad(oracle, oracle_inputs, grad[: used[0]].float())]
+    grad = grad[: used[0]].cpu().float()
+    oracle_all = [oracle, *torch.autograd.grad(oracle, oracle_inputs, grad)]
     atol = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}[dtype]
     for x, y in zip(found_all, oracle_all, strict=True):
-        torch.testing.assert_close(x[: len(y)].float(), y, atol=atol, rtol=2e-2)
+        torch.testing.assert_close(x[: len(y)].cpu().float(), y, atol=atol, rtol=2e-2)
         assert not x[len(y) :].any()
 
 

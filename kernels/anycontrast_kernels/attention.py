@@ -37,12 +37,13 @@ def varlen_attention(
     gradients there are 0 too.
 
     Args:
-        q_THD: [Tq, H, D] float16, bfloat16, float32 or (CPU) float64, last dim contiguous.
+        q_THD: [Tq, H, D] float16, bfloat16, float32 or (CPU) float64; heads and head dim
+            contiguous, the token stride is free.
         k_THD: [Tk, H, D], same dtype and device.
         v_THD: [Tk, H, D], same dtype and device.
         sequences_q: the sequences of `q_THD`, on the same device.
         sequences_k: the sequences of `k_THD`, as many; default those of `q_THD`.
-        scale: factor of the scores, finite and >= 0; default 1 / sqrt(D).
+        scale: factor of the scores, finite and > 0; default 1 / sqrt(D).
         backend: name of a back end (`backends.BACKENDS`); default by `dispatch.choose`.
 
     Returns:
@@ -62,8 +63,8 @@ def varlen_attention(
             "varlen_attention: sequences_q and sequences_k must have the same capacity, got "
             f"{len(sequences_q.cu_seqlens) - 1} and {len(sequences_k.cu_seqlens) - 1}"
         )
-    if scale is not None and not 0.0 <= scale < math.inf:
-        raise ValueError(f"varlen_attention: scale must be finite and >= 0, got {scale}")
+    if scale is not None and not 0.0 < scale < math.inf:
+        raise ValueError(f"varlen_attention: scale must be finite and > 0, got {scale}")
     out_THD: Tensor
     out_THD, _ = _attention(
         q_THD,
@@ -200,6 +201,12 @@ def _check_tensors(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
             raise ValueError(
                 f"varlen_attention: the last dim of {name} must be contiguous (stride 1), got "
                 f"strides {value.stride()}; call .contiguous() on it"
+            )
+        if value.shape[1] > 1 and value.stride(1) != value.shape[2]:
+            raise ValueError(
+                f"varlen_attention: the heads of {name} must be contiguous (stride "
+                f"{value.shape[2]}), got strides {value.stride()}; lay q, k and v out as "
+                "[tokens, 3, heads, head dim] or call .contiguous() on it"
             )
     if k_THD.shape[0] != v_THD.shape[0]:
         raise ValueError(

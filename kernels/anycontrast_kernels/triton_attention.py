@@ -210,7 +210,7 @@ def attention_forward(
         cu_k: [C + 1] int32, the same for keys.
         tiles_q: [K, 2] int32, (sequence, first row within it) of every tile of
             `attention_tiles.tile_rows(...).forward_q` queries; -1 entries are padding.
-        scale: factor of the scores, >= 0.
+        scale: factor of the scores, > 0.
 
     Returns:
         Output [Tq, H, D] in the dtype of `q` and the natural log-sum-exp [H, Tq] float32.
