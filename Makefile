@@ -5,13 +5,15 @@ BIN    := $(VENV)/bin
 # Resolved configs and versions that the checks run with; pyproject.toml holds the honest ranges.
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help demo test test-slow lint types install clean
+.PHONY: help demo test test-slow lint types install chart-readme image-test clean
 
 help:
 	@echo "make demo       the whole way on embedded phantom data: scan ... pretrain ... predict (minutes, 2 cores)"
 	@echo "make test       install and run the tests"
 	@echo "make test-slow  the long tests too"
 	@echo "make lint       ruff, and mypy --strict"
+	@echo "make chart-readme  write the Helm chart's README from its values"
+	@echo "make image-test    build the CPU image and try it (root, buildah, debootstrap; minutes)"
 	@echo "make clean      remove the virtual environment and runs/demo"
 
 $(BIN)/python:
@@ -46,6 +48,12 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+chart-readme: $(VENV)/.dev
+	$(BIN)/python infra/chart_tools/readme.py
+
+image-test:
+	infra/docker/test_image.sh
 
 clean:
 	rm -rf $(VENV) runs/demo
