@@ -169,8 +169,9 @@ def test_a_checkpoint_that_is_asked_for_is_saved_after_the_step_and_training_goe
     tmp_path: Path,
 ) -> None:
     calls = iter(range(1, 10**6))
-    rarely = {"checkpoint_every": 100, "keep_last": 0}
-    assert train(tmp_path, save_requested=lambda: next(calls) == 4, **rarely)["step"] == 10
+    options = {"checkpoint_every": 100, "keep_last": 0}
+    asked: Any = {"save_requested": lambda: next(calls) == 4, **options}
+    assert train(tmp_path, **asked)["step"] == 10
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert saved == ["step-00000004", "step-00000010"]
 
