@@ -120,9 +120,7 @@ def test_the_operator_keeps_the_promises_of_torch() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_it_compiles_as_one_graph_that_serves_any_lengths(backend: str) -> None:
     graphs = 0
 

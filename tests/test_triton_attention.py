@@ -61,9 +61,9 @@ class Case:
 CASES = [
     Case(torch.float32, 64, num_heads=1),
     Case(torch.float32, 64, (65, 0, 3), None, padding=0),
-    Case(torch.float16, 64),
-    Case(torch.float16, 64, lengths_k=None, num_heads=1, scale=0.2),
-    Case(torch.bfloat16, 64, num_heads=1),
+    Case(torch.float16, 64, (1, 65, 130, 0), (70, 0, 129, 33)),
+    Case(torch.float16, 64, (17, 65, 0), None, num_heads=1, scale=0.2),
+    Case(torch.bfloat16, 64, (1, 65, 0), (70, 0, 33), 1),
     Case(torch.float32, 32, (65, 3), (17, 70), 1),
     Case(torch.float16, 96, (0, 130), (3, 129), 1),
     Case(torch.float32, 96, (66,), (33,), 1, 0),

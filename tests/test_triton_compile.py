@@ -10,11 +10,10 @@ pytest.importorskip("triton")
 
 from anycontrast_kernels import compile_check
 
-# What shows most: every attention kernel on the newest chip but one, and the tightest elsewhere.
+# What shows most: forward and backward for the chip before the newest.
 QUICK = (
     "forward_kernel-sm90-bf16-HEAD_DIM=64-",
     "dkdv_kernel-sm90-bf16-HEAD_DIM=128-",
-    "dq_kernel-sm80-bf16-HEAD_DIM=64-",
 )
 # Attention: the head dims 32 and 96 and the other types are left to the module itself.
 LEFT_OUT = ("HEAD_DIM=32-", "HEAD_DIM=96-", "-fp16-HEAD_DIM", "-fp32-HEAD_DIM")
@@ -48,11 +47,21 @@ def test_every_shipped_kernel_compiles_to_what_a_launch_needs(job: compile_check
 
 
 def test_a_kernel_that_does_not_fit_is_told() -> None:
-    """A tile too large for registers and shared memory is refused for both."""
-    job = next(job for job in ALL if "forward_kernel-sm90-bf16-HEAD_DIM=64-" in job.name)
-    kernel, signature, constexprs, attrs, options = job.case
-    wide = {**constexprs, "BLOCK_N": 256, "HEAD_DIM": 128, "BLOCK_D": 128}
-    case = (kernel, signature, wide, attrs, {**options, "num_stages": 3})
-    problems = " ".join(compile_check.check(compile_check.Job(case, 90)).problems)
-    assert "shared memory over 232448 bytes" in problems
+    """Few registers and a deep pipeline: both are refused."""
+    job = next(job for job in ALL if "forward_kernel-sm80-bf16-HEAD_DIM=32-" in job.name)
+    *case, options = job.case
+    options = {**options, "num_stages": 24, "maxnreg": 64}
+    problems = " ".join(compile_check.check(compile_check.Job((*case, options), 80)).problems)
+    assert "shared memory over 166912 bytes" in problems
     assert "spills" in problems
+
+
+def test_every_kernel_has_a_name_of_its_own() -> None:
+    assert len({job.name for job in ALL}) == len(ALL)
+
+
+def test_a_selection_is_told_and_an_empty_one_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compile_check.main([QUICK[0], "--common"]) == 0
+    assert f"1 of {len(ALL)} kernels" in capsys.readouterr().out
+    assert compile_check.main(["forward_kernel-sm80-fp16", "--common"]) == 1
+    assert f"0 of {len(ALL)} kernels" in capsys.readouterr().out

@@ -11,6 +11,7 @@ compiled code and not timed on a GPU.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -60,12 +61,12 @@ _HALF = {
     (90, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
     (90, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 2)),
     (100, 64): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 3)),
-    (100, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
+    (100, 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2)),
 }
 _SINGLE = {
     32: Tilings(Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
     64: Tilings(Tiling(64, 32, 8, 2), Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2)),
-    128: Tilings(Tiling(64, 16, 16, 2), Tiling(64, 16, 8, 2), Tiling(64, 16, 8, 2)),
+    128: Tilings(Tiling(64, 16, 16, 2), Tiling(64, 16, 8, 2), Tiling(64, 16, 16, 2)),
 }
 
 
@@ -104,21 +105,10 @@ def tile_rows(head_dim: int, dtype: torch.dtype, device: torch.device) -> TileRo
 
 
 def shipped() -> Iterator[tuple[int, torch.dtype, int, Tilings]]:
-    """Yield (head dim, dtype, capability, tilings) of every code that is compiled differently.
-
-    The two half precisions differ only in the instruction that multiplies, and fp32 is computed
-    without tensor cores, alike on every chip: those are listed for one chip.
-    """
-    for head_dim in HEAD_DIMS:
-        for capability in CAPABILITIES:
-            yield (
-                head_dim,
-                torch.bfloat16,
-                capability,
-                tilings(head_dim, torch.bfloat16, capability),
-            )
-        for dtype in (torch.float16, torch.float32):
-            yield head_dim, dtype, 90, tilings(head_dim, dtype, 90)
+    """Yield (head dim, dtype, capability, tilings) of every code that a chip may be given."""
+    for head_dim, capability in product(HEAD_DIMS, CAPABILITIES):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield head_dim, dtype, capability, tilings(head_dim, dtype, capability)
 
 
 def compile_cases(

@@ -11,7 +11,8 @@ of the arguments a launch would find to be multiples of 16, and the compiler's o
 `capabilities` names the chips the case is for; without it, all of them.
 
 Run it as `python -m anycontrast_kernels.compile_check` with any Triton from 3.6 on the path; it
-prints a table and ends with 1 if a kernel fails.
+prints a table and ends with 1 if a kernel fails. `--common` takes all for sm_90, and for the other
+chips those that are neither float16 nor float32; `--processes` compiles several at a time.
 """
 
 import argparse
@@ -21,7 +22,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,11 +59,21 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """Kernel, chip, types and compile-time arguments in one word."""
-        kernel, signature, constexprs, _, options = self.case
-        dtype = next((t.removeprefix("*") for t in signature.values() if "f" in t), "int")
+        kernel, _, constexprs, _, options = self.case
         values = [f"{key}={value}" for key, value in constexprs.items()]
         values += [f"{key}={options[key]}" for key in ("num_warps", "num_stages") if key in options]
-        return "-".join([kernel.fn.__name__, f"sm{self.capability}", dtype, *values])
+        return "-".join([kernel.fn.__name__, f"sm{self.capability}", self.dtype, *values])
+
+    @property
+    def dtype(self) -> str:
+        """The narrowest floating type among the arguments, or `int`."""
+        types = {value.removeprefix("*") for value in self.case[1].values()}
+        return next((dtype for dtype in ("bf16", "fp16", "fp32") if dtype in types), "int")
+
+    @property
+    def is_common(self) -> bool:
+        """Whether `--common` takes it."""
+        return self.capability == 90 or self.dtype not in ("fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -146,18 +159,42 @@ def _read_code(cubin: bytes, tool: str, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@cache
+def _all_jobs() -> tuple[Job, ...]:
+    return tuple(jobs())
+
+
+def _check_at(index: int) -> Finding:
+    """Check one of all jobs: a kernel cannot be handed to another process, its number can."""
+    return check(_all_jobs()[index])
+
+
+def _findings(chosen: Sequence[int], processes: int) -> Iterator[Finding]:
+    """Check jobs given by number, in order."""
+    if processes == 1:
+        yield from map(_check_at, chosen)
+        return
+    with get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(_check_at, chosen)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check all kernels, or those whose name contains a given text; return the exit code."""
+    """Check all kernels, or a selection of them; return the exit code."""
     parser = argparse.ArgumentParser(prog="anycontrast_kernels.compile_check", description=__doc__)
     parser.add_argument("match", nargs="*", help="only kernels whose name contains all of these")
-    wanted = parser.parse_args(arguments).match
-    chosen = [job for job in jobs() if all(text in job.name for text in wanted)]
+    parser.add_argument("--common", action="store_true", help="sm_90, and elsewhere bfloat16")
+    parser.add_argument("--processes", type=int, default=1, help="kernels compiled at a time")
+    given = parser.parse_args(arguments)
+    chosen = [
+        index
+        for index, job in enumerate(_all_jobs())
+        if all(text in job.name for text in given.match) and (job.is_common or not given.common)
+    ]
     out = sys.stdout
-    out.write(f"triton {triton.__version__}: {len(chosen)} kernels\n")
+    out.write(f"triton {triton.__version__}: {len(chosen)} of {len(_all_jobs())} kernels\n")
     out.write("regs stack local shared tensor  kernel\n")
     num_failed = 0
-    for job in chosen:
-        found = check(job)
+    for found in _findings(chosen, given.processes):
         num_failed += bool(found.problems)
         verdict = f"  FAILED: {'; '.join(found.problems)}" if found.problems else ""
         out.write(
