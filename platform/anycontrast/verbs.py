@@ -272,7 +272,7 @@ VERBS = {
         "[CONFIG] [key=value ... json=true]",
         "is this cluster or machine fit for training",
         _doctor,
-        ("cluster",),
+        ("cluster", "store"),
     ),
     "bench": Verb("NAME [key=value ...]", "measure: kernels, step, data, stream, ...", _bench),
 }
