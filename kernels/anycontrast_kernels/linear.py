@@ -52,7 +52,7 @@ def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
     # Compiled code asks in the operator: the choice looks at files and environment.
     if _could_pay(x_MK, weight_NK) and (torch.compiler.is_compiling() or is_onednn_chosen()):
         product: Tensor = _linear(x_MK.flatten(0, -2), weight_NK, bias_N)
-        return product.view(*x_MK.shape[:-1], weight_NK.shape[0])
+        return product if x_MK.ndim == 2 else product.view(*x_MK.shape[:-1], len(weight_NK))
     return F.linear(x_MK, weight_NK, bias_N)
 
 
