@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def test_it_measures_saves_and_holds_against_the_bars(tmp_path: Path) -> None:
     assert [bar["bar"] for bar in result["bars"].values()] == [">= 1.8", ">= 3"]
     assert json.loads((tmp_path / "packing.json").read_text())["rows"] == result["rows"]
     assert "| uniform, mixed |" in (tmp_path / "packing.md").read_text()
+    picture = ElementTree.fromstring((tmp_path / "packing.svg").read_text())
+    assert {"packed", "padded", "bucketed", "uniform, mixed"} <= set(picture.itertext())
 
 
 def test_the_batch_drawn_is_neither_lucky_nor_unlucky() -> None:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -120,6 +121,8 @@ def test_a_run_saves_its_table_and_holds_the_reference_against_the_bars(
     assert 0.05 < found["peak_gb"] < 64
     assert json.loads((tmp_path / "step.json").read_text())["cases"] == found["cases"]
     assert (tmp_path / "step.md").read_text().count("\n| tiny |") == 2
+    picture = ElementTree.fromstring((tmp_path / "step.svg").read_text())
+    assert {"joint", "cross", "tiny"} <= set(picture.itertext())
 
 
 def _in_process(case: step_case.StepCase) -> dict[str, Any]:

@@ -114,7 +114,8 @@ _ordered: str | None = None
 def order_backend(name: str | None) -> None:
     """Order a back end for the whole process, as a configuration does; None takes it back.
 
-    The environment variable and the argument of a call go before it. Whether it exists and can run
+    Not between a forward pass and its backward pass, which must run in the same back end. The
+    environment variable and the argument of a call go before it. Whether it exists and can run
     is found out by the first call.
     """
     global _ordered

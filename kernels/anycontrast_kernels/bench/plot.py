@@ -1,6 +1,7 @@
-"""Throughput over sequence length as an SVG picture, without a plotting library."""
+"""Throughput over sequence length, and bars side by side, as SVG pictures without a library."""
 
 import math
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -60,7 +61,45 @@ def throughput_plot(result: dict[str, Any], head_dim: int, direction: str) -> st
     return "\n".join([*parts, "</svg>"])
 
 
-def _axes(lengths: list[str], top: float) -> list[str]:
+def bar_plot(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
+    """Return groups of bars, the same series in each, with their values written above.
+
+    Args:
+        title: above the picture; names the unit.
+        groups: group -> series -> value >= 0.
+    """
+    series = list(dict.fromkeys(name for group in groups.values() for name in group))
+    top = _nice(max(value for group in groups.values() for value in group.values()))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _text(LEFT, 22, title, size=13),
+        *_axes(list(groups), top, below=""),
+    ]
+    width = 0.8 * (WIDTH - LEFT - RIGHT) / len(groups) / len(series)
+    for number, name in enumerate(series):
+        color = COLORS[number % len(COLORS)]
+        for place, group in enumerate(groups.values()):
+            if name not in group:
+                continue
+            x = _x(place, len(groups)) + (number - len(series) / 2) * width
+            y = _y(group[name], top)
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+                f'height="{HEIGHT - BOTTOM - y:.1f}" fill="{color}"/>'
+            )
+            parts.append(
+                _text(x + width / 2, y - 4, f"{group[name]:.3g}", anchor="middle", size=10)
+            )
+        y = TOP + 40 + 18 * number
+        left = WIDTH - RIGHT + 8
+        parts.append(f'<rect x="{left}" y="{y - 9}" width="10" height="10" fill="{color}"/>')
+        parts.append(_text(left + 16, y, name))
+    return "\n".join([*parts, "</svg>"])
+
+
+def _axes(lengths: list[str], top: float, below: str = "tokens of a sequence") -> list[str]:
     parts = []
     for step in range(5):
         value = top * step / 4
@@ -70,7 +109,7 @@ def _axes(lengths: list[str], top: float) -> list[str]:
     for number, name in enumerate(lengths):
         parts.append(_text(_x(number, len(lengths)), HEIGHT - BOTTOM + 20, name, anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(_text(middle, HEIGHT - 10, "tokens of a sequence", anchor="middle"))
+    parts.append(_text(middle, HEIGHT - 10, below, anchor="middle"))
     return parts
 
 

@@ -28,6 +28,7 @@ from anycontrast.bench.timing import Timing, at_least, markdown_table
 from anycontrast.models.amae import AMAE, AMAEConfig
 from anycontrast.models.masking import MaskedPack, MaskingConfig
 from anycontrast_kernels.bench.environment import environment
+from anycontrast_kernels.bench.plot import bar_plot
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class PackingBenchConfig:
     """What is measured."""
 
     folder: str = "runs/bench/packing"
-    """Where the tables are saved: packing.json and packing.md."""
+    """Where the tables are saved: packing.json, packing.md and packing.svg."""
     distributions: tuple[str, ...] = ("uniform",)
     """Of the number of contrasts: uniform, skewed, clinical, halves. Each takes its minutes."""
     sizes: tuple[str, ...] = ("one", "mixed")
@@ -106,6 +107,7 @@ def run(config: PackingBenchConfig) -> dict[str, Any]:
     )
     title = f"{title}\n\n{_setting(config, place)}"
     (folder / "packing.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
+    (folder / "packing.svg").write_text(_plot(rows, place) + "\n", encoding="utf-8")
     return {**result, "markdown": {"packing": table}}
 
 
@@ -190,6 +192,16 @@ def _setting(config: PackingBenchConfig, place: dict[str, Any]) -> str:
         f"counted for all, which are alike. Bucketed: {config.num_buckets} padded batches of "
         f"studies of similar length. Of {BATCHES_DRAWN} batches drawn, the one of median waste."
     )
+
+
+def _plot(rows: list[dict[str, Any]], place: dict[str, Any]) -> str:
+    groups = {
+        f"{row['contrasts']}, {row['sizes']}": {
+            way: row[f"{way}_tokens_per_cpu_s"] for way in ("packed", "padded", "bucketed")
+        }
+        for row in rows
+    }
+    return bar_plot(f"Useful tokens per CPU second ({place['device']})", groups)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

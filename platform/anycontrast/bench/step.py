@@ -23,6 +23,7 @@ from anycontrast.bench.step_case import CONTRASTS, StepCase
 from anycontrast.bench.timing import at_most, markdown_table
 from anycontrast.models.amae import PRESETS
 from anycontrast_kernels.bench.environment import environment
+from anycontrast_kernels.bench.plot import bar_plot
 from anycontrast_kernels.bench.settings import read_settings
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class StepBenchConfig:
     threads: int = 2
     rounds: int = 5
     folder: str = "runs/bench"
-    """Where step.json and step.md are written."""
+    """Where step.json, step.md and step.svg are written."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in MODELS]
@@ -222,10 +223,20 @@ def _save(folder: Path, result: dict[str, Any]) -> list[str]:
     pages = {
         "step.json": json.dumps(result, indent=1) + "\n",
         "step.md": f"{title}\n\n{result['markdown']['step']}\n",
+        "step.svg": _plot(result) + "\n",
     }
     for name, text in pages.items():
         (folder / name).write_text(text)
     return [str(folder / name) for name in pages]
+
+
+def _plot(result: dict[str, Any]) -> str:
+    """Tokens a second of every model, a bar for each decoder."""
+    groups: dict[str, dict[str, float]] = {}
+    for case in result["cases"]:
+        groups.setdefault(case["preset"], {})[case["decoder"]] = case["tokens_per_s"]
+    place = result["environment"]
+    return bar_plot(f"Training step: tokens/s ({place['device']}, {place['dtype']})", groups)
 
 
 def main(words: list[str]) -> int:
