@@ -150,6 +150,17 @@ CASES = (
         None,
         RUN,
     ),
+    # Another team's run of the same name goes on.
+    Case(
+        "NoStep",
+        {
+            **run_series("step_timestamp_seconds", "0+60x10 600x60", namespace="team"),
+            **run_series("step_timestamp_seconds", "0+60x80", namespace="others"),
+        },
+        28,
+        NO_STEP,
+        {**RUN, "namespace": "team"},
+    ),
     Case("CheckpointOld", run_series("checkpoint_timestamp_seconds", "60x200"), 130, OLD, RUN),
     Case("CheckpointOld", run_series("checkpoint_timestamp_seconds", "0+60x200"), 130, None, RUN),
     Case("RestartStorm", run_series("restarts", "0x5 1x5 2x5 3x40"), 20, STORM, RUN),

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-RUN = "run, task"
-"""What a run is told apart by; restarts change every other label."""
+RUN = "namespace, run, task"
+"""What a run is told apart by; restarts change every other label. Two teams may have runs of one
+name: the PodMonitors add the namespace, and where nobody adds one the label stays empty."""
 
 
 @dataclass(frozen=True)
