@@ -67,3 +67,32 @@ def test_a_refused_drain_does_not_hold_the_pod(render: Any, minimal: Any, tmp_pa
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 0 and "resumes from its newest checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("titles", "waits"),
+    [
+        (["ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "sleep"], False),
+        (["ray::IDLE", "ray::RayTrainWorker.execute"], True),
+    ],
+)
+def test_the_hook_waits_for_training_processes_and_no_others(
+    titles: list[str], waits: bool, render: Any, minimal: Any, tmp_path: Path
+) -> None:
+    documents = render(minimal, {"drain": {"deadlineSeconds": 5}}).documents
+    pod = next(p for p in manifests.pod_templates(documents) if p.num_gpus)
+    *shell, script = pod.containers[0]["lifecycle"]["preStop"]["exec"]["command"]
+    (tmp_path / "ray").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "sleep").write_text("#!/bin/sh\necho waits >&2\nrm -r 2\n")
+    for stub in ("ray", "sleep"):
+        (tmp_path / stub).chmod(0o755)
+    for number, title in enumerate(titles, start=1):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "cmdline").write_bytes(title.encode() + b"\0--flag\0")
+    done = subprocess.run(
+        [*shell, script.replace("/proc/", f"{tmp_path}/")],
+        cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    # The stub of `sleep` ends the process that is waited for.
+    assert (done.returncode, done.stderr.count("waits")) == (0, int(waits)), done.stderr

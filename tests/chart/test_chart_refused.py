@@ -101,6 +101,17 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
         "storage.objectStore.existingSecret.name",
         "credentials=serviceAccount",
     ),
+    "a store that no rule lets through": (
+        {"storage": {"objectStore": {"enabled": True}},
+         "networkPolicy": {"objectStore": {"cidrs": []}}},
+        "networkPolicy.objectStore.cidrs",
+        "the namespaces it runs in",
+    ),
+    "an endpoint that is not used": (
+        {"storage": {"objectStore": {"provider": "gcs", "endpoint": "https://a.example"}}},
+        "storage.objectStore.endpoint",
+        "set provider=s3",
+    ),
     "a dataset from nowhere": (
         {"storage": {"datasets": [{"name": "a", "mountPath": "/data"}]}},
         "storage.datasets[0]",
@@ -126,6 +137,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "packs that cannot be dealt out": (
         {"mode": "job", "job": {"arguments": ["pretrain.stream.packs_per_step=24"]}},
+        "job.arguments: pretrain.stream.packs_per_step=24 is no multiple of the 16",
+        "set it to 16",
+    ),
+    "packs of an inline configuration": (
+        {"mode": "job",
+         "job": {"inlineConfig": {"pretrain": {"stream": {"packs_per_step": 24}}}}},
         "job.arguments: pretrain.stream.packs_per_step=24 is no multiple of the 16",
         "set it to 16",
     ),

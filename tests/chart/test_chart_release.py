@@ -123,6 +123,25 @@ def test_the_notes_warn_of_what_is_open(release: Release, minimal: Any) -> None:
         assert said in done.out
 
 
+def test_the_notes_print_commands_that_work_as_they_stand(release: Release, minimal: Any) -> None:
+    values = {
+        **minimal,
+        "podSecurity": {"level": "privileged"},
+        "autoscaling": {"enabled": True},
+        "workerGroups": {"gpu": {"minReplicas": 0, "maxReplicas": 2}},
+        "networkPolicy": {"apiServer": {"cidrs": ["10.0.0.1/32"]}},
+        "job": {"numWorkers": 12},
+    }
+    done = release.put("install", values)
+    assert done.code == 0, done.error
+    for said in (
+        "pod-security.kubernetes.io/enforce=privileged --overwrite",
+        "cluster.num_workers=12 pretrain.stream.packs_per_step=12",
+        "# helm test r -n team",  # Without a worker the doctor has nothing to examine.
+    ):
+        assert said in done.out
+
+
 def test_helm_4_has_the_server_refuse_unknown_fields(release: Release, minimal: Any) -> None:
     """Helm 3 does not: there an operator too old for tokens loses them, and Ray must refuse."""
     assert release.put("install", minimal).code == 0

@@ -189,6 +189,12 @@ shown together, before RayCluster and RayJob are rendered: one of the two always
 {{- if and $store.enabled (eq $store.credentials "existingSecret") (not $store.existingSecret.name) -}}
 {{- $errors = append $errors "storage.objectStore.existingSecret.name: empty, but storage.objectStore.credentials=existingSecret; name the Secret, or set credentials=serviceAccount" -}}
 {{- end -}}
+{{- if and $store.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.objectStore.cidrs) (not .Values.networkPolicy.objectStore.namespaces) -}}
+{{- $errors = append $errors "networkPolicy.objectStore.cidrs: empty like networkPolicy.objectStore.namespaces, but storage.objectStore.enabled=true; set the address ranges of the store, or the namespaces it runs in" -}}
+{{- end -}}
+{{- if and (eq $store.provider "gcs") (or $store.endpoint $store.region) -}}
+{{- $errors = append $errors "storage.objectStore.endpoint: endpoint and region have no effect with storage.objectStore.provider=gcs; remove both, or set provider=s3" -}}
+{{- end -}}
 {{- $paths := dict "/tmp" "pods" "/dev/shm" "sharedMemory" -}}
 {{- $mounts := list -}}
 {{- if $storage.runs.enabled -}}{{- $mounts = append $mounts (list "storage.runs.mountPath" $storage.runs.mountPath) -}}{{- end -}}
@@ -250,13 +256,11 @@ shown together, before RayCluster and RayJob are rendered: one of the two always
 {{- define "anycontrast.checkJob" -}}
 {{- $errors := list -}}
 {{- if and (ne .Values.mode "cluster") (eq (include "anycontrast.checkGroups" .) "[]") -}}
-{{- $workers := .Values.job.numWorkers | int | default (include "anycontrast.totalGpus" . | int) -}}
-{{- range .Values.job.arguments -}}
-{{- if hasPrefix "pretrain.stream.packs_per_step=" . -}}
-{{- $packs := trimPrefix "pretrain.stream.packs_per_step=" . | int -}}
+{{- $workers := include "anycontrast.numWorkers" . | int -}}
+{{- with include "anycontrast.packs" . -}}
+{{- $packs := int . -}}
 {{- if or (lt $packs 1) (mod $packs $workers) -}}
 {{- $errors = append $errors (printf "job.arguments: pretrain.stream.packs_per_step=%d is no multiple of the %d training processes; set it to %d or a multiple, or set job.numWorkers" $packs $workers $workers) -}}
-{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

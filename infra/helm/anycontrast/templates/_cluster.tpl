@@ -21,6 +21,9 @@ autoscalerOptions:
     {{- include "anycontrast.resources" .Values.autoscaling | nindent 4 }}
   securityContext:
     {{- include "anycontrast.securityContext" (dict "root" .) | nindent 4 }}
+  # KubeRay mounts /tmp/ray only, and HOME and all caches of the image lie under /tmp.
+  volumeMounts:
+    - {name: tmp, mountPath: /tmp}
 {{- end }}
 headGroupSpec:
   serviceType: ClusterIP
@@ -28,6 +31,7 @@ headGroupSpec:
     dashboard-host: 0.0.0.0
     # No task or training process is placed on the head; drivers of jobs are.
     num-cpus: "0"
+    object-store-memory: {{ include "anycontrast.objectStoreBytes" .Values.head.sharedMemory | quote }}
   template:
     {{- include "anycontrast.headPod" . | nindent 4 }}
 workerGroupSpecs:
@@ -42,7 +46,8 @@ workerGroupSpecs:
     minReplicas: {{ $group.replicas | int }}
     maxReplicas: {{ $group.replicas | int }}
     {{- end }}
-    rayStartParams: {}
+    rayStartParams:
+      object-store-memory: {{ include "anycontrast.objectStoreBytes" $group.sharedMemory | quote }}
     template:
       {{- include "anycontrast.workerPod" (dict "root" $ "name" $name "group" $group) | nindent 6 }}
   {{- end }}
@@ -238,7 +243,11 @@ timeout {{ .Values.drain.deadlineSeconds | int }} ray drain-node \
   --reason-message "the pod of this worker is ending" \
   --deadline-remaining-seconds {{ .Values.drain.deadlineSeconds | int }} \
   || { echo "drain refused; the run resumes from its newest checkpoint" >&2; exit 0; }
-while [ "$SECONDS" -lt "$end" ] && grep -qsE '^ray::([^I]|I[^D])' /proc/[0-9]*/cmdline; do
+# Idle workers and Ray's own agents are no training processes.
+trains() {
+  grep -ahosE '^ray::[A-Za-z_]+' /proc/[0-9]*/cmdline | grep -qvE '^ray::(IDLE|DashboardAgent|RuntimeEnvAgent)'
+}
+while [ "$SECONDS" -lt "$end" ] && trains; do
   sleep 1
 done
 {{- end -}}

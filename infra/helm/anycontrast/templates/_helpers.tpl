@@ -65,6 +65,12 @@ that an upgrade of the chart alone does not change pods. */}}
 {{- mul (trimSuffix $unit . | int64) (get $units $unit) -}}
 {{- end -}}
 
+{{/* Bytes of Ray's object store: three quarters of /dev/shm, the rest is NCCL's. Left to itself Ray
+takes 30 % of the memory, and where /dev/shm is smaller than that, the disk under /tmp. */}}
+{{- define "anycontrast.objectStoreBytes" -}}
+{{- mul (include "anycontrast.mebibytes" . | int64) 786432 -}}
+{{- end -}}
+
 {{/* Requests equal to limits: (dict "cpu" .. "memory" .. "ephemeralStorage" .. "more" MAP). */}}
 {{- define "anycontrast.resources" -}}
 {{- $each := dict "cpu" (toString .cpu) "memory" .memory -}}
@@ -98,12 +104,37 @@ that an upgrade of the chart alone does not change pods. */}}
 {{- $total -}}
 {{- end -}}
 
+{{/* GPUs of the workers that are there without a job: the smallest number with the autoscaler. */}}
+{{- define "anycontrast.standingGpus" -}}
+{{- $total := 0 -}}
+{{- range $name, $group := include "anycontrast.groups" . | fromJson -}}
+{{- $pods := ternary $group.minReplicas $group.replicas $.Values.autoscaling.enabled | int -}}
+{{- $total = add $total (mul $pods ($group.gpus.count | int)) -}}
+{{- end -}}
+{{- $total -}}
+{{- end -}}
+
+{{/* Training processes of the job. */}}
+{{- define "anycontrast.numWorkers" -}}
+{{- .Values.job.numWorkers | int | default (include "anycontrast.totalGpus" . | int) -}}
+{{- end -}}
+
+{{/* Packs of a step that the job's values name; empty where none does. */}}
+{{- define "anycontrast.packs" -}}
+{{- $packs := dig "pretrain" "stream" "packs_per_step" "" .Values.job.inlineConfig | toString -}}
+{{- range .Values.job.arguments -}}
+{{- if hasPrefix "pretrain.stream.packs_per_step=" . -}}
+{{- $packs = trimPrefix "pretrain.stream.packs_per_step=" . -}}
+{{- end -}}
+{{- end -}}
+{{- $packs -}}
+{{- end -}}
+
 {{/* Settings by which the recipe finds what the chart mounts; the cache is for an object store, and
 a tenth of it stays free. */}}
 {{- define "anycontrast.recipeSettings" -}}
 {{- $cache := .Values.storage.cache -}}
-{{- $workers := .Values.job.numWorkers | int | default (include "anycontrast.totalGpus" . | int) -}}
-cluster.num_workers={{ $workers }}
+cluster.num_workers={{ include "anycontrast.numWorkers" . }}
 {{- if and .Values.storage.objectStore.enabled (ne $cache.kind "none") }} store.cache.folder={{ $cache.mountPath }}/shards store.cache.max_bytes={{ div (mul (include "anycontrast.mebibytes" $cache.size | int64) 1048576 9) 10 }}
 {{- end -}}
 {{- end -}}
