@@ -592,6 +592,8 @@ class RayNodes:
         """Submit a job and wait for its end: exit code and what it printed."""
         job = self.submit(*words, **options)
         text, _ = job.communicate(timeout=timeout_s)
+        log = (self.folder / "node-0.log").read_text(errors="replace")
+        assert self.nodes[0].poll() is None, f"the head ended: {log[-3000:]}"
         return job.returncode, text
 
     def kill(self, number: int) -> None:
@@ -647,9 +649,15 @@ class RayNodes:
 
     @staticmethod
     def _free_port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
+        """A port that no connection takes by chance before the node does: below the kernel's own."""
+        below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        while True:
+            port = below - 1 - secrets.randbelow(12000)
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("", port))
+                except OSError:
+                    continue
             return port
 
 
