@@ -649,7 +649,7 @@ class RayNodes:
 
     @staticmethod
     def _free_port() -> int:
-        """A port that no connection takes by chance before the node does: below the kernel's own."""
+        """A port below those that the kernel hands out, so that no connection takes it first."""
         below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
         while True:
             port = below - 1 - secrets.randbelow(12000)
