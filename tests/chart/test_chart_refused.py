@@ -216,6 +216,22 @@ def valid(values: Any) -> bool:
     return bool(jsonschema.Draft202012Validator(SCHEMA).is_valid(values))
 
 
+@pytest.mark.parametrize(
+    ("name", "is_known"),
+    [
+        ("nvidia.com/gpu", True),
+        ("amd.com/gpu", True),
+        ("nvidia.com/mig-3g.40gb", True),
+        # Pods would get one, and Ray would not be told.
+        ("nvidia.com/gpu.shared", False),
+        ("aws.amazon.com/neuron", False),
+    ],
+)
+def test_only_gpus_that_ray_is_told_of_are_accepted(name: str, is_known: bool) -> None:
+    group = {"gpu": {"replicas": 1, "gpus": {"resourceName": name}}}
+    assert valid({**DEFAULTS, "workerGroups": group}) is is_known
+
+
 def mappings(values: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Paths of all mappings that name their members."""
     if not isinstance(values, dict) or not values:

@@ -193,6 +193,14 @@ def test_the_autoscaler_owns_the_number_of_workers(render: Any, faults: Any, min
     mounts = spec["autoscalerOptions"]["volumeMounts"]
     assert [m["mountPath"] for m in mounts] == ["/tmp"]
     assert {m["name"] for m in mounts} <= volumes, "its root is read-only too"
+    security = spec["autoscalerOptions"]["securityContext"]
+    assert (
+        security
+        == spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["securityContext"]
+    )
+    open_one = only(render(values, {"auth": {"mode": "disabled"}}).documents, "RayCluster")["spec"]
+    env = open_one["autoscalerOptions"]["env"]
+    assert env == [{"name": "RAY_AUTH_MODE", "value": "disabled"}], "the image says token"
     assert spec["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is True
 
 
@@ -380,6 +388,8 @@ def test_the_chart_agrees_with_the_package_and_the_image(render: Any, minimal: A
         if pod.where.startswith("RayCluster"):
             mounts = {mount["mountPath"] for mount in pod.containers[0]["volumeMounts"]}
             assert set(writable.split()) <= mounts, "a read-only image needs these"
+        for container in pod.containers:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.stem))

@@ -21,6 +21,11 @@ autoscalerOptions:
     {{- include "anycontrast.resources" .Values.autoscaling | nindent 4 }}
   securityContext:
     {{- include "anycontrast.securityContext" (dict "root" .) | nindent 4 }}
+  {{- if eq .Values.auth.mode "disabled" }}
+  # The image asks for a token; with tokens the operator sets this itself.
+  env:
+    - {name: RAY_AUTH_MODE, value: disabled}
+  {{- end }}
   # KubeRay mounts /tmp/ray only, and HOME and all caches of the image lie under /tmp.
   volumeMounts:
     - {name: tmp, mountPath: /tmp}
