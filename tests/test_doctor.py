@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anycontrast.doctor import judge
+from anycontrast.doctor import judge, nodes
 from anycontrast.doctor.examine import run_doctor
 from anycontrast.doctor.findings import Diagnosis, Finding
 from anycontrast.doctor.node import (
@@ -162,6 +162,20 @@ def test_the_clock_farthest_off_decides(skew_s: float, state: str) -> None:
     found = judge.judge_clocks({"a": 0.01, "b": skew_s}, 0.002)
     assert found.state == state
     assert "(b)" in found.found
+
+
+def test_a_node_that_goes_between_two_questions_is_a_finding_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def gone(asked: object) -> None:
+        raise ray.exceptions.GetTimeoutError("Get timed out")
+
+    monkeypatch.setattr("anycontrast.doctor.nodes._skews", gone)
+    found = nodes._clocks([])
+    assert (found.state, found.check) == ("fail", "clocks")
+    assert "Get timed out" in found.found
 
 
 def test_a_finding_without_a_remedy_is_a_bug_of_ours() -> None:

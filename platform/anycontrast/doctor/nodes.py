@@ -78,10 +78,11 @@ def examine_cluster(question: Question, cluster: ClusterConfig) -> Iterator[Find
         have, workers=cluster.num_workers, cpus=cluster.cpus_per_worker, use_gpu=use_gpu
     )
     answered = [node for node in nodes if node.name not in silent]
-    yield judge_clocks(*_skews(answered))
+    yield _clocks(answered)
     yield _reach("gloo", answered, num_gpus=0)
-    if use_gpu:
-        yield _reach("nccl", [n for n in answered if n.resources.get("GPU", 0) > 0], num_gpus=1)
+    with_gpus = [node for node in answered if node.resources.get("GPU", 0) > 0]
+    if use_gpu and with_gpus:  # Without any, the finding about room says so.
+        yield _reach("nccl", with_gpus, num_gpus=1)
     for folder in question.folders:
         of_folder = {name: found[folder] for name, found in seen.items()}
         yield judge_storage(folder, answers, of_folder)
@@ -143,6 +144,20 @@ def _confirm_all(
         failed = isinstance(outcome, Exception)
         seen[name] = dict.fromkeys(question.folders, _last_line(outcome)) if failed else outcome
     return seen
+
+
+def _clocks(nodes: Sequence[Node]) -> Finding:
+    import ray
+
+    try:
+        return judge_clocks(*_skews(nodes))
+    except ray.exceptions.RayError as error:  # A node went between two questions, or hangs.
+        return Finding(
+            "fail",
+            "clocks",
+            f"a node did not say its time: {_last_line(error)}",
+            "run the doctor again, and look at the nodes' events if it stays",
+        )
 
 
 def _skews(nodes: Sequence[Node]) -> tuple[dict[str, float], float]:
