@@ -1,6 +1,7 @@
 """The doctor: what it says of sound and of sick machines, folders and clusters."""
 
 import json
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from anycontrast.doctor.node import (
     confirm,
     examine,
     gpus,
+    lockable_bytes,
     try_storage,
 )
 from anycontrast.training.config import load_config
@@ -108,6 +110,22 @@ def test_shared_memory_is_the_least_of_all_nodes(size: int | None, state: str) -
     found = states(answer("a"), small)["shared memory"]
     assert found.state == state
     assert "on b" in found.found
+
+
+def test_rdma_needs_memory_that_can_be_locked(tmp_path: Path) -> None:
+    assert "locked memory" not in states(answer("a", lockable_bytes=8 << 20))
+    rdma = answer("a", uses_rdma=True)
+    assert states(rdma)["locked memory"].state == "ok"
+    found = states(rdma, answer("b", uses_rdma=True, lockable_bytes=8 << 20))["locked memory"]
+    assert (found.state, found.found.partition(":")[0]) == ("fail", "b may lock 8 MiB")
+    assert "LimitMEMLOCK=infinity" in found.remedy
+    # The capability counts only where it is effective: of user 1000 in a pod it is not.
+    (tmp_path / "root").write_text("Name:\tray\nCapEff:\t0000000000004000\n")
+    (tmp_path / "user").write_text("Name:\tray\nCapEff:\t0000000000000000\n")
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    assert lockable_bytes(tmp_path / "root") is None
+    own = None if limit == resource.RLIM_INFINITY else limit
+    assert lockable_bytes(tmp_path / "user") == own
 
 
 @pytest.mark.parametrize(

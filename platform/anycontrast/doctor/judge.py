@@ -8,6 +8,7 @@ from anycontrast.doctor.node import NodeAnswer, Space
 OLDEST_RAY = (2, 60)
 _WARN_SKEW_S, _FAIL_SKEW_S = 1.0, 30.0
 _WARN_SHARED_BYTES, _FAIL_SHARED_BYTES = 1 << 30, 128 << 20
+_FAIL_LOCKABLE_BYTES = 1 << 30
 _WARN_FREE_BYTES, _FAIL_FREE_BYTES = 20 << 30, 1 << 30
 # Ray places nothing on a node whose disk is fuller than this.
 _RAY_FULL = 0.95
@@ -18,6 +19,8 @@ def judge_nodes(answers: Sequence[NodeAnswer], own: NodeAnswer) -> Iterator[Find
     yield _ray_version(answers, own)
     yield _code(answers, own)
     yield _shared_memory(answers)
+    if any(answer.uses_rdma for answer in answers):
+        yield _locked_memory([answer for answer in answers if answer.uses_rdma])
     for use in sorted({use for answer in answers for use in answer.disks}):
         yield _disk(use, {answer.node: answer.disks[use] for answer in answers})
 
@@ -71,6 +74,23 @@ def _shared_memory(answers: Sequence[NodeAnswer]) -> Finding:
     if least < _WARN_SHARED_BYTES:
         return Finding("warn", "shared memory", f"{found}: Ray's objects go to disk", remedy)
     return Finding("ok", "shared memory", found)
+
+
+def _locked_memory(answers: Sequence[NodeAnswer]) -> Finding:
+    short = [
+        f"{one.node} may lock {_bytes(one.lockable_bytes)}"
+        for one in answers
+        if one.lockable_bytes is not None and one.lockable_bytes < _FAIL_LOCKABLE_BYTES
+    ]
+    if short:
+        return Finding(
+            "fail",
+            "locked memory",
+            f"{', '.join(short)}: NCCL cannot register its buffers for RDMA",
+            "set LimitMEMLOCK=infinity for the nodes' container runtime (the capability IPC_LOCK "
+            "reaches root alone), or `ulimit -l unlimited` where Ray is started by hand",
+        )
+    return Finding("ok", "locked memory", f"enough for RDMA on {_all(answers)}")
 
 
 def _disk(use: str, spaces: Mapping[str, Space]) -> Finding:

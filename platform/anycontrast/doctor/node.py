@@ -5,6 +5,7 @@ after all have been examined, and reads what the others wrote. Nothing here judg
 """
 
 import os
+import resource
 import secrets
 import shutil
 import socket
@@ -18,6 +19,8 @@ from anycontrast.training.provenance import Provenance, provenance
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PROBE_BYTES = 1 << 20
+_IPC_LOCK = 1 << 14
+"""The capability of a process to lock any amount of memory, in the mask of Linux."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class NodeAnswer:
     """By what the folder is for."""
     storage: dict[str, str] = field(default_factory=dict)
     """By folder: what could not be done in it, empty where all could."""
+    uses_rdma: bool = False
+    """Whether NCCL is told to use RDMA there."""
+    lockable_bytes: int | None = None
+    """Memory that a process may lock; None where there is no limit."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ def examine(question: Question, node: str) -> NodeAnswer:
         storage={
             folder: try_storage(Path(folder), question.probe, node) for folder in question.folders
         },
+        uses_rdma=os.environ.get("NCCL_NET") == "IB",
+        lockable_bytes=lockable_bytes(),
     )
 
 
@@ -146,6 +155,16 @@ def try_storage(folder: Path, probe: str, node: str) -> str:
     except OSError as error:
         return f"{what}: {error.strerror or error}"
     return ""
+
+
+def lockable_bytes(status: Path = Path("/proc/self/status")) -> int | None:
+    """Return how much memory this process may lock; None where there is no limit."""
+    lines = status.read_text().splitlines() if status.is_file() else []  # macOS has no /proc.
+    effective = [line for line in lines if line.startswith("CapEff:")]
+    if effective and int(effective[0].split()[1], 16) & _IPC_LOCK:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def gpus() -> tuple[Gpu, ...]:
