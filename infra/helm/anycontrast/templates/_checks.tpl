@@ -30,8 +30,8 @@ shown together, before RayCluster and RayJob are rendered: one of the two always
 {{- if .Values.checkPrerequisites -}}
 {{- $hint := "when rendering without a cluster, pass --api-versions %s or set checkPrerequisites=false" -}}
 {{- $kinds := list -}}
-{{- if ne .Values.mode "job" -}}{{- $kinds = append $kinds (list "mode" .Values.mode "ray.io/v1/RayCluster" "KubeRay operator 1.6 or newer (helm install kuberay-operator kuberay/kuberay-operator)") -}}{{- end -}}
-{{- if ne .Values.mode "cluster" -}}{{- $kinds = append $kinds (list "mode" .Values.mode "ray.io/v1/RayJob" "KubeRay operator 1.6 or newer (helm install kuberay-operator kuberay/kuberay-operator)") -}}{{- end -}}
+{{- if ne .Values.mode "job" -}}{{- $kinds = append $kinds (list "mode" .Values.mode "ray.io/v1/RayCluster" "KubeRay operator 1.6 or newer (helm install kuberay-operator kuberay/kuberay-operator -n kuberay-system --create-namespace)") -}}{{- end -}}
+{{- if ne .Values.mode "cluster" -}}{{- $kinds = append $kinds (list "mode" .Values.mode "ray.io/v1/RayJob" "KubeRay operator 1.6 or newer (helm install kuberay-operator kuberay/kuberay-operator -n kuberay-system --create-namespace)") -}}{{- end -}}
 {{- if .Values.monitoring.enabled -}}{{- $kinds = append $kinds (list "monitoring.enabled" "true" "monitoring.coreos.com/v1/PodMonitor" "Prometheus operator, or set monitoring.enabled=false") -}}{{- end -}}
 {{- if and .Values.monitoring.enabled .Values.monitoring.alerts.enabled -}}{{- $kinds = append $kinds (list "monitoring.alerts.enabled" "true" "monitoring.coreos.com/v1/PrometheusRule" "Prometheus operator, or set monitoring.alerts.enabled=false") -}}{{- end -}}
 {{- if eq .Values.scheduling.gang "volcano" -}}{{- $kinds = append $kinds (list "scheduling.gang" "volcano" "scheduling.volcano.sh/v1beta1/PodGroup" "Volcano scheduler, or set scheduling.gang=none") -}}{{- end -}}
