@@ -30,7 +30,7 @@ MAX_CODE = 4095
 MIN_CODES = 256
 """However noisy a volume is, its range is divided into as many steps."""
 CODES_PER_NOISE = 16.0
-NOISE_SAMPLE = 2**19
+NOISE_SAMPLE = 2**17
 """Voxels whose noise is looked at, in pairs of neighbouring planes spread over the volume."""
 MIN_NOISE_VOX = 256
 MAX_OFF_STEP = 0.01
