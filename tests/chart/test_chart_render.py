@@ -72,7 +72,8 @@ def test_each_mode_makes_what_it_says(mode: str, render: Any, faults: Any, minim
 
 
 def test_the_job_runs_the_recipe_on_all_gpus(render: Any, minimal: Any) -> None:
-    job = {"mode": "job", "job": {"arguments": ["root=/runs/a", "pretrain.epochs=3"]}}
+    arguments = ["root=/runs/a", "pretrain.epochs=3"]
+    job: dict[str, Any] = {"mode": "job", "job": {"arguments": arguments}}
     spec = only(render(minimal, job).documents, "RayJob")["spec"]
     assert spec["entrypoint"] == (
         "python recipes/amae_pretrain.py recipes/configs/amae_base.yaml cluster.num_workers=16 "
