@@ -60,6 +60,8 @@ class PackingBenchConfig:
     """Patches along each side of a volume of size 1."""
     hidden_fraction: float = 0.75
     preset: str = "small"
+    threads: int = 1
+    """Of torch; a second one spends part of its CPU time waiting, the more the smaller the work."""
     rounds: int = 1
     """Measurements of every way; the median is taken."""
     seed: int = 0
@@ -77,26 +79,31 @@ class PackingBenchConfig:
                 f"num_buckets: must divide num_studies, got {self.num_buckets} and "
                 f"{self.num_studies}"
             )
-        if self.studies_at_once < 1 or self.grid < 2 or self.rounds < 1:
-            raise ValueError("studies_at_once, rounds: must be at least 1, and grid 2")
+        if min(self.studies_at_once, self.rounds, self.threads) < 1 or self.grid < 2:
+            raise ValueError("studies_at_once, rounds, threads: must be at least 1, and grid 2")
 
 
 def run(config: PackingBenchConfig) -> dict[str, Any]:
     """Measure, save and return the table as numbers and as Markdown."""
     torch.manual_seed(0)
     model = AMAE(AMAEConfig(preset=config.preset, patch_vox=PATCH_VOX))  # type: ignore[arg-type]
-    rows = [
-        _measure(model, config, distribution, sizes)
-        for distribution in config.distributions
-        for sizes in config.sizes
-    ]
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        rows = [
+            _measure(model, config, distribution, sizes)
+            for distribution in config.distributions
+            for sizes in config.sizes
+        ]
+        place = environment(torch.device("cpu"), torch.float32)
+    finally:
+        torch.set_num_threads(threads_before)
     bars = {
         f"packed_over_padded_{row['contrasts']}_{row['sizes']}": at_least(
             row["packed_over_padded"], BAR_MIXED if row["sizes"] == "mixed" else BAR_ONE_SIZE
         )
         for row in rows
     }
-    place = environment(torch.device("cpu"), torch.float32)
     result = {"environment": place, "rows": rows, "bars": bars}
     table = _table(rows)
     folder = Path(config.folder)

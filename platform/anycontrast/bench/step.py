@@ -218,7 +218,8 @@ def step_table(cases: list[dict[str, Any]], device: torch.device) -> str:
 def _save(folder: Path, result: dict[str, Any]) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     place = result["environment"]
-    title = f"# One training step\n\n{place['device']}, {place['dtype']}, {place['date']}, "
+    title = "# One training step\n\nMade by `anycontrast bench step`.\n\n"
+    title += f"{place['device']}, {place['dtype']}, {place['date']}, "
     title += ", ".join(f"{name} {version}" for name, version in place["versions"].items())
     pages = {
         "step.json": json.dumps(result, indent=1) + "\n",
