@@ -160,7 +160,13 @@ def tail_percentiles(values: Floats, percents: tuple[float, ...]) -> list[float]
         percents: Each 0..100; those far from both ends fall back to ordering everything.
     """
     sample = np.sort(values[:: max(1, values.size // TAIL_SAMPLE)])
-    return [_percentile(values, sample, percent) for percent in percents]
+    # The widest tail of a side first: those of percentiles further out lie in it.
+    tails: dict[bool, Floats] = {}
+    found = {
+        percent: _percentile(values, sample, percent, tails)
+        for percent in sorted(percents, key=lambda percent: abs(percent - 50))
+    }
+    return [found[percent] for percent in percents]
 
 
 def _clipped_statistics(values: Floats, low: float, high: float) -> tuple[float, float]:
@@ -206,19 +212,25 @@ def _quantised(values: Floats, low: float, top: float, scale: float) -> npt.NDAr
     return codes
 
 
-def _percentile(values: Floats, sample: Floats, percent: float) -> float:
-    """Interpolate linearly between the two nearest ranks, as `np.percentile` does."""
+def _percentile(values: Floats, sample: Floats, percent: float, tails: dict[bool, Floats]) -> float:
+    """Interpolate linearly between the two nearest ranks, as `np.percentile` does.
+
+    `tails` keeps the low and the high values, the latter negated, for the next percentile.
+    """
     is_low = percent < 50
     position = (values.size - 1) * (percent if is_low else 100 - percent) / 100
     rank = int(position)
     margin = min(sample.size - 1, int(2 * position / values.size * sample.size) + 64)
-    if is_low:
-        tail = values[values <= sample[margin]]
-    else:
-        tail = -values[values >= sample[sample.size - 1 - margin]]
+    if is_low not in tails:
+        tails[is_low] = (
+            values[values <= sample[margin]]
+            if is_low
+            else -values[values >= sample[sample.size - 1 - margin]]
+        )
     ranks = [rank, min(rank + 1, values.size - 1)]
-    if tail.size <= ranks[1]:
-        tail = values if is_low else -values
+    if tails[is_low].size <= ranks[1]:
+        tails[is_low] = values if is_low else -values
+    tail = tails[is_low]
     near, far = (float(v) for v in np.partition(tail, ranks)[ranks])
     found = near + (far - near) * (position - rank)
     return found if is_low else -found
