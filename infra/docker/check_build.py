@@ -25,7 +25,10 @@ def problems(variant: str, wanted: dict[str, str]) -> list[str]:
     built = import_module("deepspeed.git_version_info").installed_ops
     found += [f"DeepSpeed's {name} is not built in" for name in operations if not built.get(name)]
     if variant == "cuda":
-        import_module("flash_attn")
+        try:
+            import_module("flash_attn")
+        except ImportError as error:
+            found.append(f"flash-attn does not import: {error}")
     return found
 
 
